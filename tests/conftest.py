@@ -1,0 +1,39 @@
+"""Fixtures that tests of several packages share."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from ultrathink_model.config import Config, make_config
+
+TINY_VALUES = {
+    "model": {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 64,
+        "max_seq_length": 32,
+    },
+    "moe": {
+        "num_knowledge_experts": 4,
+        "num_skill_experts": 2,
+        "num_meta_experts": 1,
+        "num_safety_experts": 1,
+    },
+    "training": {"batch_size": 4, "max_steps": 6, "warmup_steps": 2},
+    "data": {"dataset": "dummy", "tokenizer_name": "train"},
+    "logging": {"use_mlflow": False, "log_steps": 1},
+}
+
+
+@pytest.fixture
+def tiny_config(tmp_path) -> Config:
+    """A dense model of a few thousand weights that writes into the test's own folder."""
+    return make_config(
+        TINY_VALUES,
+        [f"output.output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'data'}"],
+    )

@@ -1,0 +1,51 @@
+"""The section `data`: what the model learns from."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ultrathink_model.config.section import Section
+
+ExpertGroup = Literal["knowledge", "skill", "meta", "safety"]
+
+
+class DataSource(Section):
+    """One source of a mixture."""
+
+    dataset: str = Field(min_length=1, description="A name as in `data.dataset`.")
+    weight: float = Field(gt=0, description="Share of the training sequences, relative to the other weights.")
+    expert_group: ExpertGroup | None = Field(None, description="Expert group that the source's tokens are drawn to.")
+
+
+class DataConfig(Section):
+    """Sources, tokenizer and loader."""
+
+    dataset: str = Field(
+        "sotu",
+        min_length=1,
+        description="`sotu` (built in), `dummy`, a local file, folder or glob (text, JSONL, Parquet), a known name such as `wikitext`, or a hub id.",
+    )
+    dataset_config: str | None = Field(None, description="Subset of a hub dataset; null takes the known name's own.")
+    text_column: str | None = Field(
+        None, description="Column that holds the text; null takes the source's own, or `text`."
+    )
+    mix_datasets: str | list[DataSource] | None = Field(
+        None, description='Several sources by weight, "wikitext:0.3,openwebtext:0.7" or a list; it replaces `dataset`.'
+    )
+    tokenizer_name: str = Field(
+        "cl100k_base",
+        min_length=1,
+        description="`cl100k_base`, `gpt2`, a `tokenizer.json` or Hugging Face folder, or `train` (byte-level BPE of `model.vocab_size` on the training split).",
+    )
+    validation_every: int = Field(
+        10, ge=2, description="Every n-th document is held out for validation where the source has no validation split."
+    )
+    train_samples: int | None = Field(
+        None, ge=1, description="Training sequences (of `model.max_seq_length` tokens) in one epoch; null uses all."
+    )
+    streaming: bool = Field(False, description="Read hub datasets as a stream instead of downloading them whole.")
+    num_workers: int = Field(0, ge=0, description="Loader processes per rank; 0 loads in the training process.")
+    cache_dir: str = Field("./outputs/data", min_length=1, description="Folder of the prepared token shards.")
+    max_quarantine_fraction: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be quarantined before preparation fails."
+    )

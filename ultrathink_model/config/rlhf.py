@@ -1,0 +1,59 @@
+"""The section `rlhf`: alignment by human, recorded or self-play preferences."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ultrathink_model.config.section import Section
+
+
+class RLHFConfig(Section):
+    """Reward model and policy optimisation."""
+
+    algorithm: Literal["ppo", "grpo", "dpo"] = Field("ppo", description="How the policy learns from preferences.")
+    preference_data: str | None = Field(
+        None,
+        description="JSONL file of `prompt`, `chosen`, `rejected`; null makes pairs by self-play: the human continuation against the model's own.",
+    )
+    num_pairs: int = Field(512, ge=8, description="Pairs made by self-play.")
+    holdout_fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of prompts held out to measure the reward model."
+    )
+    prompt_tokens: int = Field(32, ge=1, description="Tokens of a prompt taken from the corpus.")
+    response_tokens: int = Field(32, ge=1, description="Most tokens in one response.")
+    reward_epochs: int = Field(2, ge=1, description="Passes of the reward model over the training pairs.")
+    reward_learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of the reward model.")
+    reward_batch_size: int = Field(32, ge=1, description="Pairs per optimizer step of the reward model.")
+    rlhf_iterations: int = Field(100, ge=1, description="Rounds of rollout and optimisation.")
+    rlhf_steps_per_iteration: int = Field(
+        1, ge=1, description="Batches of `ppo_batch_size` rollouts gathered in one round."
+    )
+    rlhf_frequency: int = Field(
+        5, ge=1, description="Rounds between two language-model updates that guard against forgetting (PPO-ptx)."
+    )
+    ptx_weight: float = Field(
+        1.0, ge=0, description="Weight of the language-model loss in those updates; 0 makes none."
+    )
+    ppo_epochs: int = Field(4, ge=1, description="Passes over the rollouts of one round.")
+    ppo_batch_size: int = Field(32, ge=1, description="Rollouts in one batch.")
+    ppo_minibatch_size: int = Field(16, ge=1, description="Rollouts per optimizer step.")
+    policy_learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of the policy; null takes `training.learning_rate`."
+    )
+    clip_range: float = Field(0.2, gt=0, lt=1, description="Bound on the policy's probability ratio.")
+    value_clip_range: float = Field(0.2, gt=0, description="Bound on the change of a value estimate.")
+    value_weight: float = Field(0.5, ge=0, description="Weight of the value loss.")
+    entropy_weight: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="Bias against variance in the advantages.")
+    whiten_advantages: bool = Field(True, description="Give the advantages of a round zero mean and unit variance.")
+    kl_weight: float = Field(0.05, ge=0, description="First weight of the KL penalty against the frozen reference.")
+    adaptive_kl: bool = Field(True, description="Move the KL weight so that the KL stays near `target_kl`.")
+    target_kl: float = Field(
+        6.0, gt=0, description="KL to the reference in nats per response that the run stays under."
+    )
+    kl_horizon: int = Field(1000, ge=1, description="Rollouts over which the KL weight adapts.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Probability mass that the rollouts are drawn from.")
+    group_size: int = Field(8, ge=2, description="Responses per prompt under `algorithm: grpo`.")
+    dpo_beta: float = Field(0.1, gt=0, description="Strength of the reference under `algorithm: dpo`.")

@@ -1,0 +1,129 @@
+"""The whole config, and the rules that hold between its sections."""
+
+from pydantic import Field, model_validator
+
+from ultrathink_model.config.data import DataConfig
+from ultrathink_model.config.model import AdvancedConfig, DREConfig, ModelConfig, MoEConfig, MultimodalConfig
+from ultrathink_model.config.rlhf import RLHFConfig
+from ultrathink_model.config.section import Section
+from ultrathink_model.config.training import (
+    DistributedConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OutputConfig,
+    TrainingConfig,
+)
+
+
+class Config(Section):
+    """One run: every section of the YAML."""
+
+    model: ModelConfig = Field(ModelConfig(), description="The dense decoder.")
+    advanced: AdvancedConfig = Field(AdvancedConfig(), description="Switches of the advanced features.")
+    moe: MoEConfig = Field(MoEConfig(), description="Mixture of experts.")
+    dre: DREConfig = Field(DREConfig(), description="Dynamic Reasoning Engine.")
+    rlhf: RLHFConfig = Field(RLHFConfig(), description="Alignment.")
+    multimodal: MultimodalConfig = Field(MultimodalConfig(), description="Images and sound.")
+    training: TrainingConfig = Field(TrainingConfig(), description="The training loop.")
+    distributed: DistributedConfig = Field(DistributedConfig(), description="Ranks and strategies.")
+    data: DataConfig = Field(DataConfig(), description="Sources, tokenizer and loader.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured, and when.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Metrics and messages.")
+    output: OutputConfig = Field(OutputConfig(), description="Where the run writes.")
+
+    @model_validator(mode="after")
+    def _heads_fit_the_width(self) -> "Config":
+        model = self.model
+        if model.head_dim is None and model.hidden_size % model.num_heads:
+            raise ValueError(
+                f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; "
+                "change one of them, or set model.head_dim"
+            )
+        if model.head_size % 2:
+            raise ValueError(
+                f"model.head_dim={model.head_size} is odd; rotary positions turn pairs: take an even width"
+            )
+        if model.num_heads % model.kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads={model.kv_heads} does not divide model.num_heads={model.num_heads}; "
+                "each key and value head serves a whole number of query heads"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_chosen(self) -> "Config":
+        if not self.advanced.enable_moe:
+            return self
+        if self.moe.moe_top_k > self.moe.num_experts:
+            raise ValueError(
+                f"moe.moe_top_k={self.moe.moe_top_k} is more than the {self.moe.num_experts} experts of all groups; "
+                "lower it or add experts"
+            )
+        if self.moe.layer_frequency > self.model.num_layers:
+            raise ValueError(
+                f"moe.layer_frequency={self.moe.layer_frequency} is more than model.num_layers={self.model.num_layers}: "
+                "no block would be a mixture; lower it"
+            )
+        if self.moe.expert_hidden_size is None and self.model.feed_forward_size % self.moe.moe_top_k:
+            raise ValueError(
+                f"the feed-forward's {self.model.feed_forward_size} units do not split over moe.moe_top_k={self.moe.moe_top_k} "
+                "experts; set moe.expert_hidden_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _depths_fit_the_budget(self) -> "Config":
+        dre = self.dre
+        if not self.advanced.enable_dre:
+            return self
+        if dre.layer_frequency > self.model.num_layers:
+            raise ValueError(
+                f"dre.layer_frequency={dre.layer_frequency} is more than model.num_layers={self.model.num_layers}: "
+                "no block would be routed; lower it"
+            )
+        if not dre.ultra_deep_share <= dre.deep_share <= dre.standard_share <= 1:
+            raise ValueError(
+                f"dre.compute_budget={dre.compute_budget} less deep_share={dre.deep_share} and "
+                f"ultra_deep_share={dre.ultra_deep_share} leaves {dre.standard_share:g} of the tokens a first pass; "
+                "the shares must fall with depth, from at most 1: ultra_deep <= deep <= standard"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _features_are_built(self) -> "Config":
+        for name in ("enable_constitutional", "enable_multimodal"):
+            if getattr(self.advanced, name):
+                raise ValueError(
+                    f"advanced.{name}=true is not available in this version, and nothing would change; set it to false"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _minibatches_fill_the_batch(self) -> "Config":
+        rlhf = self.rlhf
+        if rlhf.ppo_batch_size % rlhf.ppo_minibatch_size:
+            raise ValueError(
+                f"rlhf.ppo_minibatch_size={rlhf.ppo_minibatch_size} does not divide rlhf.ppo_batch_size={rlhf.ppo_batch_size}"
+            )
+        if rlhf.algorithm == "grpo" and rlhf.ppo_batch_size % rlhf.group_size:
+            raise ValueError(
+                f"rlhf.group_size={rlhf.group_size} does not divide rlhf.ppo_batch_size={rlhf.ppo_batch_size}; "
+                "a batch holds whole groups"
+            )
+        if self.advanced.enable_rlhf and rlhf.prompt_tokens + rlhf.response_tokens > self.model.max_seq_length:
+            raise ValueError(
+                f"rlhf.prompt_tokens={rlhf.prompt_tokens} and rlhf.response_tokens={rlhf.response_tokens} together pass "
+                f"model.max_seq_length={self.model.max_seq_length}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_has_ranks(self) -> "Config":
+        distributed = self.distributed
+        if not distributed.enabled and distributed.strategy not in (None, "single"):
+            raise ValueError(f"distributed.strategy={distributed.strategy} needs distributed.enabled=true")
+        if distributed.deepspeed_config and distributed.strategy not in (None, "deepspeed"):
+            raise ValueError(
+                f"distributed.deepspeed_config is read only by strategy deepspeed, not {distributed.strategy}"
+            )
+        return self

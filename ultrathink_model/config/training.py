@@ -1,0 +1,136 @@
+"""The sections that say how a run trains, where it runs and what it leaves behind."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ultrathink_model.config.section import Section
+
+
+class TrainingConfig(Section):
+    """The training loop. Batch sizes are in sequences, lengths of work in optimizer steps."""
+
+    batch_size: int = Field(8, ge=1, description="Sequences per device and micro-step.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-steps in one optimizer step.")
+    global_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences per optimizer step over all ranks; accumulation follows from it. Null: the product of the parts.",
+    )
+    num_epochs: int = Field(1, ge=1, description="Passes over the training data.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps after which the run stops; null sets no bound."
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="Training tokens after which the run stops; null sets no bound."
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="Seconds of training after which the run saves and finishes; null sets no bound."
+    )
+    learning_rate: float = Field(
+        3e-4, gt=0, description="Peak learning rate (AdamW's; Muon's is `muon_learning_rate`)."
+    )
+    muon_learning_rate: float = Field(
+        0.02, gt=0, description="Peak learning rate of the matrices under `optimizer: muon`."
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="`adamw` for all weights, or `muon` for matrices with AdamW for the rest."
+    )
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay of matrices; vectors have none.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's term against division by zero.")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum.")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine",
+        description="Shape of the learning rate after warm-up; `wsd` holds it, then falls over `decay_fraction`.",
+    )
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps over which the learning rate rises from zero.")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="Share of the run over which `wsd` decays.")
+    gradient_clipping: float | None = Field(
+        1.0, gt=0, description="Greatest norm of the whole gradient; null clips nothing."
+    )
+    use_amp: bool = Field(False, description="Mixed precision: matrix products in `amp_dtype`, weights in fp32.")
+    amp_dtype: Literal["bf16", "fp16"] = Field(
+        "bf16", description="Number format under `use_amp`; fp16 adds a loss scaler."
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    loss_chunk_size: int = Field(2048, ge=1, description="Tokens whose logits are held at once in the cross-entropy.")
+    z_loss_weight: float = Field(0.0, ge=0, description="Weight of the squared log-partition of the output logits.")
+    seed: int = Field(42, ge=0, description="Seed of the weights, the order of the data and every draw.")
+    deterministic: bool = Field(False, description="Ask for bitwise repeatable kernels, at some cost in speed.")
+    resume: str = Field(
+        "auto",
+        description="`auto` goes on from the folder's newest valid checkpoint, `never` starts anew, a path goes on from it.",
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between checkpoints; null saves at the ends of epochs and of the run."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    max_bad_steps: int = Field(
+        10,
+        ge=0,
+        description="Steps in a row with a loss or gradient that is not finite that are skipped before the run stops.",
+    )
+
+
+class DistributedConfig(Section):
+    """How many processes train together, and how they share the work."""
+
+    enabled: bool = Field(False, description="Train over several ranks.")
+    launcher: Literal["torchrun", "deepspeed"] = Field(
+        "torchrun", description="What starts the ranks when the command itself was started as one process."
+    )
+    num_processes: int | None = Field(
+        None, ge=1, description="Ranks to start on this machine; null takes one per GPU, or two on a CPU."
+    )
+    strategy: Literal["single", "ddp", "fsdp", "deepspeed"] | None = Field(
+        None,
+        description="How ranks share the work; null takes `deepspeed` under its launcher, `ddp` over ranks, else `single`.",
+    )
+    zero_stage: Literal[1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage, where no `deepspeed_config` names one.")
+    deepspeed_config: str | None = Field(
+        None, description="DeepSpeed JSON file; `auto` values are filled from this config."
+    )
+    cpu_offload: bool = Field(
+        False, description="Keep optimizer state (ZeRO) or sharded weights (FSDP) in host memory."
+    )
+    timeout_seconds: float = Field(
+        600, gt=0, description="Seconds that a collective waits for a lost rank before the run ends."
+    )
+
+
+class EvaluationConfig(Section):
+    """What is measured, how often, and on how much held-out text."""
+
+    eval_frequency: int = Field(1, ge=1, description="Epochs between validations; each also saves a checkpoint.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between validations; null leaves it to epochs."
+    )
+    eval_samples: int | None = Field(
+        None, ge=1, description="Validation sequences used while training; null uses all. The last evaluation uses all."
+    )
+    batch_size: int = Field(16, ge=1, description="Sequences per device and evaluation step.")
+    num_generations: int = Field(4, ge=0, description="Sample texts generated from held-out prompts.")
+    generation_tokens: int = Field(64, ge=1, description="Most tokens in one sample text.")
+    temperature: float = Field(0.8, ge=0, description="Sampling temperature of the sample texts; 0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Probability mass that the sample texts are drawn from.")
+
+
+class LoggingConfig(Section):
+    """Where metrics and messages go."""
+
+    use_mlflow: bool = Field(True, description="Track the run in MLflow as well as in `metrics.jsonl`.")
+    mlflow_tracking_uri: str = Field("sqlite:///mlflow.db", description="MLflow's store.")
+    mlflow_artifact_dir: str = Field("mlartifacts", description="Folder of MLflow's artifacts, for a database store.")
+    experiment_name: str = Field("ultrathink", min_length=1, description="MLflow experiment.")
+    log_steps: int = Field(10, ge=1, description="Optimizer steps between logged lines.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
+    system_metrics: bool = Field(True, description="Log processor, memory and GPU use to MLflow.")
+
+
+class OutputConfig(Section):
+    """Where the run writes."""
+
+    output_dir: str = Field("./outputs/custom_model", min_length=1, description="The run's folder.")

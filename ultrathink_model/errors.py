@@ -1,0 +1,54 @@
+"""The typed errors of the package: one class for each kind of failure a user can mend.
+
+Each error says four things: the field, its value, the rule it breaks and the remedy. The command
+line turns any `UltrathinkError` into that message and its exit code, without a traceback.
+"""
+
+from typing import ClassVar
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+EXIT_GATE_NOT_MET = 3
+EXIT_STOPPED_AFTER_SAVING = 75
+
+
+class UltrathinkError(Exception):
+    """A failure with a remedy that the user can apply."""
+
+    exit_code: ClassVar[int] = EXIT_USER_ERROR
+
+
+class ConfigError(UltrathinkError):
+    """A key, a value or a combination of values in the config that cannot be run."""
+
+
+class DataError(UltrathinkError):
+    """A dataset, a file or a row that cannot be had or read."""
+
+
+class TokenizerError(DataError):
+    """A tokenizer that cannot be had, or that does not fit the model or the checkpoint."""
+
+
+class CheckpointError(UltrathinkError):
+    """A checkpoint or a model folder that is missing, damaged or does not fit."""
+
+
+class DistributedError(UltrathinkError):
+    """Ranks, launchers or strategies that cannot work together as configured."""
+
+
+class DependencyError(UltrathinkError):
+    """An optional package that the requested feature needs and that is not installed."""
+
+
+class TrainingStoppedError(UltrathinkError):
+    """Training was stopped by a signal after its state had been saved; start again to go on."""
+
+    exit_code: ClassVar[int] = EXIT_STOPPED_AFTER_SAVING
+
+
+class GateError(UltrathinkError):
+    """A model that does not meet the bound that was set for it."""
+
+    exit_code: ClassVar[int] = EXIT_GATE_NOT_MET
