@@ -1,0 +1,1 @@
+"""The model: a decoder with optional experts and adaptive depth."""

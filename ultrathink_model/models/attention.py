@@ -1,0 +1,88 @@
+"""Causal self-attention with grouped queries and normalised queries and keys."""
+
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ultrathink_model.config import Config
+from ultrathink_model.models.tokens import Rotation, Tokens
+
+
+class LayerCache(Protocol):
+    """The keys and values that one attention layer keeps between calls."""
+
+    def append(self, keys: Tensor, values: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds (batch, kv_heads, seq, head_dim) of new tokens.
+
+        Returns all keys, all values, and the mask (batch, 1, seq, all) of what the new tokens may look at, or None
+        where the new tokens are the first and the causal triangle says it all.
+        """
+        ...
+
+
+class Attention(nn.Module):
+    """Grouped-query attention as in Qwen3: one product for queries, keys and values, RMSNorm on each head.
+
+    `out = softmax(rope(norm(q)) · rope(norm(k)) / sqrt(head_dim) + mask) · v`, by PyTorch's fused kernels.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model = config.model
+        self.num_heads, self.num_kv_heads, self.head_dim = model.num_heads, model.kv_heads, model.head_size
+        self.fused_kernels = model.use_flash_attention
+        self.qkv = nn.Linear(model.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps)
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps)
+        self.output = nn.Linear(self.num_heads * self.head_dim, model.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        tokens: Tokens,
+        rotation: Rotation,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Mixes each token with those it may see; `rotation` holds the rows of the tokens' positions."""
+        batch, seq, _ = x.shape
+        qkv = self.qkv(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, heads + 2 kv_heads, head_dim)
+        query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        query = rotation.apply(self.query_norm(query)).transpose(1, 2)  # (batch, heads, seq, head_dim)
+        key = rotation.apply(self.key_norm(key)).transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
+        value = value.transpose(1, 2)
+        if cache is None:
+            mask = tokens.self_mask
+        else:
+            key, value, mask = cache.append(key, value, tokens)
+        mixed = self._attend(query, key.to(query.dtype), value.to(query.dtype), mask)
+        return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        grouped = self.num_kv_heads != self.num_heads
+        if self.fused_kernels:
+            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def swiglu(gate_up: Float[Tensor, "*rows double"]) -> Float[Tensor, "*rows half"]:
+    """`silu(gate) · up` of the two halves of the last axis (Shazeer 2020, arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) · up(x))`, gate and up in one product."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config.model.feed_forward_size
+        self.gate_up = nn.Linear(config.model.hidden_size, 2 * width, bias=False)
+        self.down = nn.Linear(width, config.model.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """Applies the block to each row on its own."""
+        return self.down(swiglu(self.gate_up(x)))

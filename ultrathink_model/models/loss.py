@@ -1,0 +1,96 @@
+"""Next-token cross-entropy that never holds the logits of more than a chunk of tokens."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED_LABEL = -100
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "batch seq hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    labels: Int[Tensor, "batch seq"],
+    chunk_size: int,
+    z_loss_weight: float = 0.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Sum of `-log softmax(hidden · weightᵀ)[label]` over the labels, and the z-loss.
+
+    The gradients of both inputs are made in the forward pass, chunk by chunk, so that the logits are computed once
+    and dropped: memory does not grow with tokens × vocabulary (the idea of Hsu et al. 2024, arXiv 2410.10989).
+    The z-loss is `z_loss_weight · Σ log²Z` (PaLM, arXiv 2204.02311). Its gradient travels with the first result:
+    the objective is the sum of the two.
+
+    Args:
+        hidden: States after the final norm.
+        weight: Output projection.
+        labels: Target of each position; -100 is left out.
+        chunk_size: Tokens whose logits are held at once.
+        z_loss_weight: Weight of the squared log-partition; 0 leaves it out.
+
+    Returns:
+        The cross-entropy in nats and the weighted z-loss, both summed over tokens, in float32.
+    """
+    total, z_loss = _ChunkedCrossEntropy.apply(
+        hidden.flatten(0, 1), weight, labels.flatten(), chunk_size, z_loss_weight
+    )
+    z_loss = z_loss.detach()
+    return total - z_loss, z_loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, z_loss_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        product_dtype = _autocast_dtype(hidden)
+        projection = weight.to(product_dtype)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=accumulator, device=hidden.device)
+        z_loss = torch.zeros_like(total)
+        hidden_grad = torch.empty_like(hidden) if need_hidden else None
+        weight_grad = torch.zeros(weight.shape, dtype=accumulator, device=weight.device) if need_weight else None
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            states, targets = hidden[rows].to(product_dtype), labels[rows]
+            kept = targets != IGNORED_LABEL
+            targets = targets.clamp_min(0).unsqueeze(1)
+            logits = (states @ projection.T).to(accumulator)  # (chunk, vocab)
+            log_partition = logits.logsumexp(dim=1)
+            z_term = z_loss_weight * log_partition.square() * kept
+            total += ((log_partition - logits.gather(1, targets).squeeze(1)) * kept + z_term).sum()
+            z_loss += z_term.sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
+            scale = kept * (1 + 2 * z_loss_weight * log_partition)
+            logits_grad = logits.sub_(log_partition.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
+            logits_grad.scatter_add_(1, targets, -kept.to(accumulator).unsqueeze(1))
+            logits_grad = logits_grad.to(product_dtype)
+            if hidden_grad is not None:
+                hidden_grad[rows] = logits_grad @ projection
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ states
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        ctx.mark_non_differentiable(z_loss)
+        return total, z_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _grad_z_loss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if hidden_grad is None else hidden_grad * grad_total.to(hidden_grad.dtype),
+            None if weight_grad is None else weight_grad * grad_total.to(weight_grad.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype:
+    device_type = hidden.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype

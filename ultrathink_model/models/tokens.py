@@ -1,0 +1,88 @@
+"""What attention and routing must know about each token: where it stands and whom it may see."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Positions, documents and validity of a (batch, seq) grid of tokens, in the order of their rows.
+
+    `positions` grow along a row. `document_ids` of None means that each row is one document, `valid` of None
+    that there is no padding, `source_groups` of None that no source is tagged with an expert group.
+    """
+
+    positions: Int[Tensor, "#batch seq"]
+    document_ids: Int[Tensor, "batch seq"] | None = None
+    valid: Bool[Tensor, "batch seq"] | None = None
+    source_groups: Int[Tensor, "batch seq"] | None = None
+    sliding_window: int | None = None
+
+    def select(self, index: Int[Tensor, "batch chosen"]) -> "Tokens":
+        """The tokens at `index` of each row, which must be in rising order."""
+
+        def chosen(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.expand(index.shape[0], -1).gather(1, index)
+
+        return replace(
+            self,
+            positions=self.positions.expand(index.shape[0], -1).gather(1, index),
+            document_ids=chosen(self.document_ids),
+            valid=chosen(self.valid),
+            source_groups=chosen(self.source_groups),
+        )
+
+    @cached_property
+    def self_mask(self) -> Bool[Tensor, "batch 1 seq seq"] | None:
+        """Which token may look at which, within the grid; None where the plain causal triangle says it all."""
+        if self.document_ids is None and self.valid is None and self._window_reaches_all:
+            return None
+        return self.mask_over(self)
+
+    @property
+    def _window_reaches_all(self) -> bool:
+        return self.sliding_window is None or self.sliding_window >= self.positions.shape[1]
+
+    def mask_over(self, keys: "Tokens") -> Bool[Tensor, "batch 1 seq keys"]:
+        """Which of `keys` each token may look at: its past, its document, its window, and no padding.
+
+        A token may always look at its own position, so that a row of padding has no empty softmax.
+        """
+        distance = self.positions[:, :, None] - keys.positions[:, None, :]  # (batch, seq, keys)
+        allowed = distance >= 0
+        if self.sliding_window is not None:
+            allowed = allowed & (distance < self.sliding_window)
+        if self.document_ids is not None and keys.document_ids is not None:
+            allowed = allowed & (self.document_ids[:, :, None] == keys.document_ids[:, None, :])
+        if keys.valid is not None:
+            allowed = allowed & keys.valid[:, None, :]
+        return (allowed | (distance == 0)).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of the rotary embedding, one row a position (Su et al. 2021, arXiv 2104.09864)."""
+
+    cos: Tensor  # (positions, head_dim)
+    sin: Tensor  # (positions, head_dim)
+
+    @classmethod
+    def table(cls, length: int, head_dim: int, theta: float, device: torch.device) -> "Rotation":
+        """The table for positions 0 to `length - 1`, in float32."""
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
+        return cls(angles.cos(), angles.sin())
+
+    def at(self, positions: Int[Tensor, "batch seq"]) -> "Rotation":
+        """The rows of `positions`, shaped (batch, seq, 1, head_dim) to broadcast over heads."""
+        return Rotation(self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Turns (batch, seq, heads, head_dim) by the angle of each position, pairing halves as Qwen3 does."""
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return x * self.cos.to(x.dtype) + turned * self.sin.to(x.dtype)
