@@ -43,6 +43,10 @@ class DataConfig(Section):
     train_samples: int | None = Field(
         None, ge=1, description="Training sequences (of `model.max_seq_length` tokens) in one epoch; null uses all."
     )
+    mirror_dir: str | None = Field(
+        None,
+        description="Folder of local copies of hub datasets, each under its short name or hub id, read in place of the hub.",
+    )
     streaming: bool = Field(False, description="Read hub datasets as a stream instead of downloading them whole.")
     num_workers: int = Field(0, ge=0, description="Loader processes per rank; 0 loads in the training process.")
     cache_dir: str = Field("./outputs/data", min_length=1, description="Folder of the prepared token shards.")

@@ -1,20 +1,191 @@
-"""Mixture of experts."""
+"""Mixture of experts in place of a feed-forward."""
+
+import math
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ultrathink_model.config import Config
-from ultrathink_model.models.routing import Routing
+from ultrathink_model.models.attention import swiglu
+from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies
+from ultrathink_model.models.routing import Routing, autocast_dtype
 from ultrathink_model.models.tokens import Tokens
+
+NUM_SOURCE_GROUPS = 4
 
 
 class MixtureOfExperts(nn.Module):
-    def __init__(self, config: Config) -> None:
-        raise NotImplementedError
+    """Qwen3-MoE's mixture: softmax over a linear router, the top-k experts, their weights brought to sum 1.
 
-    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]: ...
-    def initialise(self, generator: torch.Generator, spread: float, residual_spread: float) -> None: ...
-    def end_step(self, counts: dict[str, Tensor]) -> None: ...
+    `y = Σ_e w_e · down_e(silu(gate_e(x)) · up_e(x))`, `w = p / Σ p` over the k largest of `p = softmax(router(x))`.
+    Copies of the tokens are sorted by expert for grouped matrix products. Router and losses are in float32.
+
+    Each loss is a sum over tokens. That holds for the load-balance loss, too, `weight · E · Σ_tokens Σ_e f_e p_e`
+    (Fedus et al. 2021, arXiv 2101.03961), because its load f is the whole step's before this one: only p carries a
+    gradient there, and a load over one micro-batch would balance the parts in place of the batch (Qiu et al. 2025,
+    arXiv 2501.11873) and make the loss depend on how the batch is cut.
+    """
+
+    expert_load: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        moe, hidden_size = config.moe, config.model.hidden_size
+        self.options = moe
+        self.num_experts = moe.num_experts
+        self.top_k = moe.moe_top_k
+        self.group_sizes = tuple(moe.group_sizes.values())
+        width = moe.expert_hidden_size or config.model.feed_forward_size // moe.moe_top_k
+        self.router = nn.Linear(hidden_size, self.num_experts, bias=False)
+        # One matrix an expert, (out, in) as in nn.Linear, the gate's rows before the up's: transformers' layout.
+        self.gate_up = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
+        self.down = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        # Share of the previous step's copies that each expert took.
+        self.register_buffer("expert_load", torch.empty(self.num_experts))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator, spread: float, residual_spread: float) -> None:
+        """Draws the experts; the router is a Linear of its own. Loads start uniform."""
+        self.gate_up.normal_(0.0, spread, generator=generator)
+        self.down.normal_(0.0, residual_spread, generator=generator)
+        self.expert_load.fill_(1 / self.num_experts)
+
+    def forward(
+        self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
+        """The weighted experts of each token; in training also the losses and counts of their choice."""
+        rows = x.flatten(0, 1)  # (tokens, hidden)
+        logits = self._router_logits(rows)  # (tokens, experts)
+        log_partition = logits.logsumexp(dim=1, keepdim=True)
+        probabilities = (logits - log_partition).exp()
+        weights, experts = probabilities.topk(self.top_k, dim=1)  # (tokens, top_k)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        valid = None if tokens.valid is None else tokens.valid.flatten()
+        if valid is not None:
+            experts = experts.masked_fill(~valid.unsqueeze(1), self.num_experts)
+        dispatch = Dispatch.sort(experts, self.num_experts)
+        kept = dispatch
+        if self.training and self.options.expert_capacity is not None:
+            kept = self._within_capacity(dispatch, experts, self.options.expert_capacity)
+        mixed = self._mix(rows, weights, kept, may_leave_rows=kept is not dispatch or valid is not None)
+        if not self.training:
+            return mixed.view_as(x), Routing()
+        losses = self._losses(logits, log_partition.squeeze(1), probabilities, tokens, valid)
+        counts = self._counts(logits - log_partition, probabilities, experts, dispatch, kept, tokens, valid)
+        return mixed.view_as(x), Routing(losses, counts)
+
+    def _router_logits(self, rows: Tensor) -> Tensor:
+        """Router logits in float32, or in float64 for such a model, whatever autocast says."""
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = rows.to(exact)
+            if self.training and self.options.router_jitter:
+                jitter = self.options.router_jitter
+                rows = rows * torch.empty_like(rows).uniform_(1 - jitter, 1 + jitter)
+            return F.linear(rows, self.router.weight.to(exact))
+
+    def _within_capacity(self, dispatch: Dispatch, experts: Tensor, capacity: float) -> Dispatch:
+        """The dispatch without the copies that come to an expert after it is full."""
+        most = math.ceil(capacity * experts.numel() / self.num_experts)
+        first = F.pad(dispatch.ends, (1, 0))[experts]  # place of the first copy of each copy's expert
+        return Dispatch.sort(experts.masked_fill(dispatch.places - first >= most, self.num_experts), self.num_experts)
+
+    def _mix(self, rows: Tensor, weights: Tensor, dispatch: Dispatch, may_leave_rows: bool) -> Tensor:
+        dtype = autocast_dtype(rows)
+        copies = take_copies(rows.to(dtype), dispatch)
+        taken = None
+        if may_leave_rows:
+            # Copies of no expert come out of the grouped products undefined, forwards and backwards.
+            taken = torch.arange(copies.shape[0], device=copies.device).unsqueeze(1) < dispatch.ends[-1]
+            copies = copies.where(taken, 0.0)
+        inner = swiglu(grouped_linear(copies, self.gate_up.to(dtype), dispatch.ends))
+        outer = grouped_linear(inner, self.down.to(dtype), dispatch.ends)
+        if taken is not None:
+            outer = outer.where(taken, 0.0)
+        return sum_copies(outer, weights.to(dtype), dispatch)
+
+    def _losses(
+        self, logits: Tensor, log_partition: Tensor, probabilities: Tensor, tokens: Tokens, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The weighted losses that have a weight, each a sum over the tokens that are no padding."""
+        real = torch.ones_like(log_partition) if valid is None else valid.to(log_partition.dtype)
+        options = self.options
+        losses = {}
+        if options.load_balance_weight:
+            balance = (probabilities @ self.expert_load.to(probabilities.dtype)) @ real
+            losses["moe/load_balance"] = options.load_balance_weight * self.num_experts * balance
+        if options.router_z_loss_weight:
+            losses["moe/router_z"] = options.router_z_loss_weight * (log_partition.square() @ real)
+        if options.group_loss_weight and tokens.source_groups is not None:
+            losses["moe/group"] = options.group_loss_weight * self._group_loss(logits, log_partition, tokens, real)
+        return losses
+
+    def _group_loss(self, logits: Tensor, log_partition: Tensor, tokens: Tokens, real: Tensor) -> Tensor:
+        """Sum over tagged tokens of `-log` of the probability mass of their group's experts."""
+        assert tokens.source_groups is not None
+        groups = tokens.source_groups.flatten()
+        mass = torch.stack([part.logsumexp(dim=1) for part in logits.split(self.group_sizes, dim=1)], dim=1)
+        own = mass.gather(1, groups.clamp_min(0).unsqueeze(1)).squeeze(1)
+        return (log_partition - own).where(groups >= 0, 0.0) @ real
+
+    @torch.no_grad()
+    def _counts(
+        self,
+        log_probabilities: Tensor,
+        probabilities: Tensor,
+        experts: Int[Tensor, "tokens top_k"],
+        dispatch: Dispatch,
+        kept: Dispatch,
+        tokens: Tokens,
+        valid: Tensor | None,
+    ) -> dict[str, Tensor]:
+        load = dispatch.ends.diff(prepend=dispatch.ends.new_zeros(1)).float()
+        entropy = -(probabilities * log_probabilities).sum(dim=1)
+        return {
+            "moe/load": load,
+            "moe/entropy": (entropy if valid is None else entropy.where(valid, 0.0)).sum(),
+            "moe/group_share": self._group_counts(experts, tokens),
+            "moe/dropped": (dispatch.ends[-1] - kept.ends[-1]).float(),
+        }
+
+    def _group_counts(self, experts: Tensor, tokens: Tokens) -> Float[Tensor, "sources groups"]:
+        """Copies of each source group's tokens (rows) that went to each expert group (columns)."""
+        counts = torch.zeros(NUM_SOURCE_GROUPS, len(self.group_sizes), device=experts.device)
+        if tokens.source_groups is None:
+            return counts
+        sizes = torch.tensor(self.group_sizes, device=experts.device)
+        group_of_expert = torch.searchsorted(sizes.cumsum(0), experts, right=True)  # no expert: one past the last
+        sources = F.one_hot(tokens.source_groups.flatten() + 1, NUM_SOURCE_GROUPS + 1)[:, 1:].float()
+        return sources.T @ F.one_hot(group_of_expert, len(sizes) + 1)[..., :-1].sum(dim=1).float()
+
+    @torch.no_grad()
+    def end_step(self, counts: dict[str, Tensor]) -> None:
+        """Takes the finished step's loads as those that the next step's load-balance loss refers to."""
+        load = counts.get("moe/load")
+        if load is not None:
+            total = load.sum()
+            self.expert_load.copy_(torch.where(total > 0, load / total, self.expert_load))
+
     @staticmethod
     def statistics(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {}
+        """The counts of all blocks as shares.
+
+        Returns:
+            `moe/load` (layers, experts): share of copies each expert was chosen for; `moe/entropy` (): mean entropy of
+            the router, 1 where it is uniform; `moe/dropped` (): share of copies over capacity; `moe/group_share`
+            (sources, groups): where the copies of each source group's tokens went, NaN in rows of groups without.
+        """
+        mixtures = [counts for counts in layers if "moe/load" in counts]
+        if not mixtures:
+            return {}
+        load = torch.stack([counts["moe/load"] for counts in mixtures])
+        total = {name: sum(counts[name] for counts in mixtures) for name in ("moe/entropy", "moe/dropped")}
+        groups = torch.stack([counts["moe/group_share"] for counts in mixtures]).sum(dim=0)
+        return {
+            "moe/load": load / load.sum(dim=1, keepdim=True),
+            "moe/entropy": total["moe/entropy"] / load.sum() ,
+            "moe/dropped": total["moe/dropped"] / load.sum(),
+            "moe/group_share": groups / groups.sum(dim=1, keepdim=True),
+        }

@@ -1,0 +1,66 @@
+# Set-up, runs and checks. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV_VERSION := 0.13.9
+
+# uv does not read pip's list of local wheel folders: hand it over where it is set.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+endif
+# DeepSpeed compiles its kernels when they are first used, not at installation.
+export DS_BUILD_OPS := 0
+
+.PHONY: help setup prototype production test test-all check format bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## make .venv with all packages
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "ULTRATHINK needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make setup PYTHON=python3.11"; exit 1; }
+	@echo "[setup 1/3] a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[setup 2/3] the installer"
+	@$(BIN)/pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
+	@echo "[setup 3/3] about 200 packages (1 to 5 minutes when nothing is cached)"
+	@$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[deepspeed,dev]'
+	@touch $@
+	@echo "Ready: $(BIN)/python run.py --help"
+
+prototype: $(STAMP) ## set up, then data -> training -> evaluation -> export -> report, in minutes
+	$(BIN)/python run.py --workflow prototype
+
+production: $(STAMP) ## set up, then baseline -> experts and reasoning -> RLHF -> evaluation -> export
+	$(BIN)/python run.py --workflow production
+
+test: $(STAMP) ## set up, then the tests (under 15 minutes)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## the slow tests too
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+check: $(STAMP) ## lint, format, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## mend format and what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measurements against peers, as ratios
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+docs: $(STAMP) ## write docs/configuration.md from the config models
+	$(BIN)/python -m ultrathink_model.config.describe > docs/configuration.md
+
+clean: ## remove what the checks and the build left (outputs stay)
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

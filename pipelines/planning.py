@@ -1,0 +1,69 @@
+"""What happens before a workflow is wired: its plan, its folder's lock, and the clearing up after earlier runs."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+from filelock import FileLock, Timeout
+from zenml.client import Client
+from zenml.enums import ExecutionStatus
+from zenml.orchestrators.publish_utils import publish_pipeline_run_status_update
+
+from steps.caching import expire_stale_results
+from ultrathink_model.errors import ConfigError
+from ultrathink_model.workflow import WorkflowPlan, plan_workflow
+
+LOCK_NAME = ".lock"
+
+logger = logging.getLogger(__name__)
+
+# Held until the process ends, however it ends; a second start in the same process is let through.
+_locks: dict[str, FileLock] = {}
+
+
+def begin(workflow: str, profile: str | None, config: str | None, overrides: Sequence[str] | None) -> WorkflowPlan:
+    """The plan that a pipeline is wired from, with the way cleared for it.
+
+    Earlier results that no longer hold are taken out of ZenML's cache, and runs that a kill left "running" are shown
+    as failed.
+
+    Raises:
+        ConfigError: The plan cannot be made, or another process runs the workflow in this folder.
+    """
+    plan = plan_workflow(workflow, profile, config, overrides or ())
+    _take_lock(plan)
+    print(plan.reason, flush=True)
+    _close_abandoned_runs(plan)
+    expire_stale_results(plan.steps)
+    return plan
+
+
+def _take_lock(plan: WorkflowPlan) -> None:
+    path = str(plan.folder / LOCK_NAME)
+    if path in _locks:
+        return
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another process runs {plan.workflow} in {plan.folder}; wait for it, or write elsewhere with "
+            "--override output.output_dir=FOLDER."
+        ) from None
+    _locks[path] = lock
+
+
+def _close_abandoned_runs(plan: WorkflowPlan) -> None:
+    """Shows runs of this folder that are "running" as failed: we hold its lock, so none is."""
+    running = Client().list_pipeline_runs(
+        pipeline_name=f"{plan.workflow}_pipeline", status=ExecutionStatus.RUNNING, size=100, hydrate=True
+    )
+    for run in running.items:
+        steps = run.snapshot.step_configurations.values() if run.snapshot else ()
+        folders = {step.config.parameters.get("plan", {}).get("folder") for step in steps}
+        if folders == {str(plan.folder)}:
+            logger.warning("run %s was cut off and is shown as failed from now on.", run.name)
+            publish_pipeline_run_status_update(
+                run.id, ExecutionStatus.FAILED, status_reason=f"its process ended; closed by process {os.getpid()}"
+            )

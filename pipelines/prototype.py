@@ -1,0 +1,30 @@
+"""Workflow 1: a check of the whole way on dummy data, then one epoch on real text."""
+
+from zenml import pipeline
+from zenml.enums import ExecutionMode
+
+from pipelines.planning import begin
+from steps.evaluate import evaluate
+from steps.export import export
+from steps.prepare_data import prepare_data
+from steps.pretrain import pretrain
+from steps.report import report
+
+
+@pipeline(name="prototype_pipeline", execution_mode=ExecutionMode.FAIL_FAST)
+def prototype_pipeline(profile: str | None = None, config: str | None = None, overrides: list[str] | None = None) -> None:
+    """Prepares dummy data, checks on them, prepares real data, trains, evaluates, exports and reports.
+
+    Args:
+        profile: `auto` (also when neither it nor `config` is given), `tiny`, `small`, `medium` or `large`.
+        config: A config file in place of a profile's.
+        overrides: Each `section.key=value`, or `stage:section.key=value` for one stage.
+    """
+    plan = begin("prototype", profile, config, overrides)
+    dummy = prepare_data(plan["prepare_dummy"], id="prepare_dummy")
+    check = pretrain(plan["check"], dummy, id="check")
+    data = prepare_data(plan["prepare_data"], id="prepare_data", after=["check"])
+    trained = pretrain(plan["pretrain"], data, id="pretrain")
+    evaluation = evaluate(plan["evaluate_pretrain"], data, trained, id="evaluate_pretrain")
+    exported = export(plan["export"], trained, id="export")
+    report(plan["report"], [check, trained], [evaluation], exported, id="report")

@@ -1,0 +1,73 @@
+"""The command line for people: runs a workflow from raw text to an evaluated, exported model.
+
+    python run.py --workflow prototype
+    python run.py --workflow production --profile small --override training.max_steps=2000
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from ultrathink_model.command_line import ArgumentParser, require_packages, run_and_exit
+
+WORKFLOWS = {
+    "prototype": "a check on dummy data, then one epoch on real text",
+    "production": "pretrain → resume with MoE and the reasoning engine → RLHF",
+    "multi_gpu": "the same training over several ranks",
+}
+PROFILES = ("auto", "tiny", "small", "medium", "large")
+
+
+def make_parser() -> ArgumentParser:
+    """The flags of run.py."""
+    parser = ArgumentParser(prog="run.py", description=__doc__ or "", epilog=_describe_keys)
+    workflows = "; ".join(f"{name}: {text}" for name, text in WORKFLOWS.items())
+    parser.add_argument("--workflow", choices=WORKFLOWS, required=True, help=workflows)
+    parser.add_argument(
+        "--profile", choices=PROFILES, help="configs/train_<profile>.yaml; auto (the default) looks at the hardware"
+    )
+    parser.add_argument("--config", metavar="FILE", help="a config file in place of a profile's")
+    parser.add_argument(
+        "--override",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="section.key=value for all stages, or stage:section.key=value for one, as in rlhf:rlhf.ppo_epochs=2",
+    )
+    parser.add_argument("--output-dir", metavar="FOLDER", help="short for --override output.output_dir=FOLDER")
+    parser.add_argument("--stack", metavar="NAME", help="ZenML stack to run on; the active one by default")
+    return parser
+
+
+def main() -> None:
+    """Parses the command line and runs the workflow.
+
+    Raises:
+        UltrathinkError: A mistake of the user's, or a stop by a signal, anywhere in the run.
+    """
+    arguments = make_parser().parse_args()
+    from pipelines.start import run_workflow  # noqa: PLC0415 - ZenML takes seconds to import
+
+    overrides = list(arguments.override)
+    if arguments.output_dir:
+        overrides.append(f"output.output_dir={arguments.output_dir}")
+    run_workflow(
+        arguments.workflow,
+        profile=arguments.profile,
+        config=arguments.config,
+        overrides=overrides,
+        stack=arguments.stack,
+    )
+
+
+def _describe_keys() -> str:
+    from ultrathink_model.config.describe import render_text  # noqa: PLC0415 - only for --help
+
+    return render_text()
+
+
+if __name__ == "__main__":
+    require_packages("run.py", ("pydantic", "yaml", "torch", "zenml", "mlflow", "datasets", "transformers"))
+    run_and_exit(main)

@@ -1,0 +1,34 @@
+"""The step that measures a trained stage."""
+
+from typing import Annotated
+
+from zenml import step
+
+from steps.caching import EVALUATE
+from steps.parent_run import parent_run
+from steps.references import DataReference, EvaluationReference, StageReference, hash_files
+from ultrathink_model.data.manifest import load_manifest
+from ultrathink_model.stage import evaluate_stage
+from ultrathink_model.workflow import StepPlan
+
+RESULT_FILES = ("evaluation.json", "report.html")
+
+
+@step(cache_policy=EVALUATE)
+def evaluate(
+    plan: StepPlan, data: DataReference, stage: StageReference
+) -> Annotated[EvaluationReference, "evaluation"]:
+    """Evaluates a stage's model on held-out text, beside n-gram models, and writes the stage's report."""
+    print(f"{plan.title}: {stage.final_model}", flush=True)
+    with parent_run(plan):
+        result = evaluate_stage(plan.config, load_manifest(data.folder), stage.name)
+    for name, value in sorted(result.metrics.items()):
+        print(f"{plan.title}: {name} {value:.4f}", flush=True)
+    return EvaluationReference(
+        uri=stage.uri,
+        files=RESULT_FILES,
+        sha256=hash_files(stage.folder, RESULT_FILES),
+        name=stage.name,
+        metrics=result.metrics,
+        mlflow_run_id=stage.mlflow_run_id,
+    )

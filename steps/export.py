@@ -1,0 +1,22 @@
+"""The step that exports the last stage's model."""
+
+from pathlib import Path
+from typing import Annotated
+
+from zenml import step
+
+from steps.caching import EXPORT
+from steps.references import ExportReference, StageReference, hash_files
+from ultrathink_model.export.huggingface import export_model
+from ultrathink_model.workflow import StepPlan
+
+FOLDER_NAME = "export"
+
+
+@step(cache_policy=EXPORT)
+def export(plan: StepPlan, stage: StageReference) -> Annotated[ExportReference, "export"]:
+    """Exports a stage's model as a Hugging Face folder that was loaded once in a clean process."""
+    folder = Path(plan.folder)
+    print(f"{plan.title}: {folder / FOLDER_NAME}", flush=True)
+    export_model(stage.final_model, folder / FOLDER_NAME)
+    return ExportReference(uri=str(folder), files=(FOLDER_NAME,), sha256=hash_files(folder, (FOLDER_NAME,)))

@@ -1,0 +1,31 @@
+"""The step that writes the report over all stages."""
+
+from pathlib import Path
+from typing import Annotated
+
+from zenml import step
+from zenml.types import HTMLString
+
+from steps.caching import REPORT
+from steps.parent_run import finish_parent_run, parent_run
+from steps.references import EvaluationReference, ExportReference, ReportReference, StageReference, hash_files
+from ultrathink_model.reporting import write_report
+from ultrathink_model.workflow import StepPlan
+
+FILE_NAME = "report.html"
+
+
+@step(cache_policy=REPORT)
+def report(
+    plan: StepPlan, stages: list[StageReference], evaluations: list[EvaluationReference], exported: ExportReference
+) -> tuple[Annotated[ReportReference, "report"], Annotated[HTMLString, "report_page"]]:
+    """Writes one page over all stages, which ZenML's dashboard shows too, and closes the workflow's MLflow run."""
+    folder = Path(plan.folder)
+    print(f"{plan.title}: {folder / FILE_NAME}", flush=True)
+    title = f"{folder.name} · {Path(plan.folder).parent.name}"
+    page = write_report([stage.folder for stage in stages], folder / FILE_NAME, title)
+    with parent_run(plan) as run_id:
+        if run_id:
+            finish_parent_run(plan, run_id, evaluations[-1], [page, exported.folder / "export"])
+    reference = ReportReference(uri=str(folder), files=(FILE_NAME,), sha256=hash_files(folder, (FILE_NAME,)))
+    return reference, HTMLString(page.read_text(encoding="utf-8"))

@@ -1,0 +1,50 @@
+"""What the steps that train have in common: where they go on, which MLflow run they belong to, what they pass on."""
+
+from pathlib import Path
+
+from steps.parent_run import parent_run
+from steps.provenance import settle_resume
+from steps.references import DataReference, StageReference, hash_files
+from ultrathink_model.data.manifest import load_manifest
+from ultrathink_model.stage import run_stage
+from ultrathink_model.tracking.run_folder import RunFolder
+from ultrathink_model.workflow import StepPlan
+
+# What later steps read of a run's folder. `metrics.jsonl` is not among it: evaluation adds its line there.
+RESULT_FILES = ("config.yaml", "final_model")
+
+
+def train_stage(plan: StepPlan, data: DataReference, code: str, initial: StageReference | None = None) -> StageReference:
+    """Trains the stage of a plan in its run's folder, or goes on with it there.
+
+    Args:
+        plan: The stage.
+        data: What it learns from.
+        code: Hash of the code that trains it.
+        initial: The stage whose model it starts from; None starts from a seed.
+    """
+    config = settle_resume(plan.config, code, data.fingerprint, initial.sha256 if initial else None)
+    with parent_run(plan, trains=True) as parent:
+        result = run_stage(
+            config,
+            manifest=load_manifest(data.folder),
+            init_from=initial.final_model if initial else None,
+            run_name=plan.name,
+            parent_run_id=parent,
+            stage=plan.number,
+            stages=plan.of,
+            evaluate=False,
+        )
+    folder = RunFolder(Path(config.output.output_dir))
+    record = folder.record()
+    assert record is not None, "run_stage leaves run.json"
+    return StageReference(
+        uri=str(folder.path.resolve()),
+        files=RESULT_FILES,
+        sha256=hash_files(folder.path, RESULT_FILES),
+        name=plan.name,
+        step=result.steps,
+        tokens=result.tokens,
+        started_at=record.started_at,
+        mlflow_run_id=record.mlflow_run_id,
+    )

@@ -1,0 +1,90 @@
+"""The plans of the workflows: which config each step gets."""
+
+import pytest
+
+from ultrathink_model.errors import ConfigError
+from ultrathink_model.workflow import WORKFLOWS, input_signature, plan_hash, plan_workflow
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+@pytest.mark.parametrize("profile", ["tiny", "small", "medium", "large"])
+def test_every_workflow_plans_for_every_profile(workflow, profile):
+    plan = plan_workflow(workflow, profile)
+    assert [step.number for step in plan.steps.values()] == list(range(1, len(plan.steps) + 1))
+    for stage in WORKFLOWS[workflow].stages:
+        assert plan[stage.name].config.output.output_dir == str(plan.folder / stage.name)
+
+
+def test_production_adds_the_features_stage_by_stage():
+    plan = plan_workflow("production", "tiny")
+    switches = [
+        (config.enable_moe, config.enable_dre, config.enable_rlhf)
+        for config in (plan[stage].config.advanced for stage in ("baseline", "advanced", "rlhf"))
+    ]
+    assert switches == [(False, False, False), (True, True, False), (True, True, True)]
+    assert plan["rlhf"].config.training.learning_rate == 1e-5
+
+
+def test_prototype_checks_on_dummy_data_whatever_the_run_trains_on():
+    plan = plan_workflow("prototype", "tiny", overrides=["data.dataset=wikitext", "data.text_column=body"])
+    assert (plan["check"].config.data.dataset, plan["check"].config.data.text_column) == ("dummy", None)
+    assert plan["pretrain"].config.data.dataset == "wikitext"
+
+
+def test_an_override_reaches_all_stages_or_the_one_it_names():
+    plan = plan_workflow("production", "tiny", overrides=["training.num_epochs=3", "advanced:training.num_epochs=5"])
+    epochs = [plan[stage].config.training.num_epochs for stage in ("baseline", "advanced", "rlhf")]
+    assert epochs == [3, 5, 3]
+
+
+def test_a_users_override_wins_over_a_stages_default():
+    plan = plan_workflow("production", "tiny", overrides=["advanced.enable_moe=false", "training.learning_rate=0.1"])
+    assert not plan["advanced"].config.advanced.enable_moe
+    assert plan["baseline"].config.training.learning_rate == 0.1
+    assert plan["rlhf"].config.training.learning_rate == 1e-5
+
+
+def test_a_value_with_a_colon_names_no_stage():
+    plan = plan_workflow("prototype", "tiny", overrides=["data.mix_datasets=sotu:0.3,dummy:0.7"])
+    assert plan["pretrain"].config.data.mix_datasets == "sotu:0.3,dummy:0.7"
+
+
+def test_tuning_one_stage_leaves_the_plans_of_the_others():
+    before = plan_workflow("production", "tiny")
+    after = plan_workflow("production", "tiny", overrides=["rlhf.ppo_epochs=2", "moe.load_balance_weight=0.5"])
+    changed = {name for name in before.steps if plan_hash(before[name]) != plan_hash(after[name])}
+    assert changed == {"advanced", "rlhf", "evaluate_advanced", "evaluate_rlhf", "export", "report"}
+
+
+def test_a_changed_input_file_changes_the_plan(tmp_path):
+    text = tmp_path / "corpus.txt"
+    text.write_text("one", encoding="utf-8")
+    overrides = [f"data.dataset={text}"]
+    before = plan_workflow("multi_gpu", "tiny", overrides=overrides)
+    assert plan_workflow("multi_gpu", "tiny", overrides=overrides) == before
+    text.write_text("another", encoding="utf-8")
+    assert plan_hash(plan_workflow("multi_gpu", "tiny", overrides=overrides)["pretrain"]) != plan_hash(before["pretrain"])
+
+
+def test_folders_and_globs_count_as_input_files(tmp_path, tiny_config):
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    signatures = set()
+    for dataset in (str(tmp_path), str(tmp_path / "*.txt"), "sotu"):
+        data = tiny_config.data.model_copy(update={"dataset": dataset})
+        signatures.add(input_signature(tiny_config.model_copy(update={"data": data})))
+    assert len(signatures) == 2  # the folder and the glob hold the same file; the built-in corpus is none
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workflow": "prod"}, "take one of prototype, production, multi_gpu"),
+        ({"profile": "tiny", "config": "configs/train_tiny.yaml"}, "take one of them"),
+        ({"profile": "tiny", "overrides": ["sft:training.max_steps=1"]}, "its stages are baseline, advanced, rlhf"),
+        ({"profile": "tiny", "overrides": ["rlhf:training.max_step=1"]}, r"Did you mean training\.max_steps"),
+        ({"config": "nowhere.yaml"}, "No such file"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_workflow(**{"workflow": "production", **arguments})

@@ -1,0 +1,145 @@
+"""Training a reward model on preference pairs, and measuring it on pairs of other prompts."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ultrathink_model.alignment.draws import REWARD_ORDER, shuffled
+from ultrathink_model.alignment.learner import Learner
+from ultrathink_model.alignment.objectives import preference_loss
+from ultrathink_model.alignment.pairs import PairSplit, TokenPair
+from ultrathink_model.alignment.reward import RewardHead, RewardModel, RewardRecord, raw_scores
+from ultrathink_model.alignment.sequences import make_sequences
+from ultrathink_model.config import Config
+from ultrathink_model.distributed.context import RankContext, all_reduce_sum
+from ultrathink_model.errors import ConfigError, DataError
+from ultrathink_model.models.transformer import Transformer
+
+# Share of the steps over which the learning rate rises; it then falls in a straight line to zero.
+WARMUP = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+class RewardTrainer:
+    """Bradley and Terry's model on a copy of the language model's trunk (Ouyang et al. 2022, arXiv 2203.02155).
+
+    The loss of a pair is -log σ(score of chosen - score of rejected).
+
+    Args:
+        config: Its `rlhf.reward_*` keys.
+        trunk: The language model to start from; it is copied.
+        pad_id: Fills ragged rows.
+        context: The ranks share each batch.
+    """
+
+    def __init__(self, config: Config, trunk: Transformer, pad_id: int, context: RankContext) -> None:
+        rlhf = config.rlhf
+        self._rlhf, self._seed, self._pad_id, self._context = rlhf, config.training.seed, pad_id, context
+        trunk = copy.deepcopy(trunk)
+        if trunk.head is not None:
+            # No gradient reaches the output projection, and DDP would wait for it.
+            trunk.head.requires_grad_(False)
+        rate = rlhf.reward_learning_rate
+        self._head = RewardHead(config.model.hidden_size)
+        self._learner = Learner(config, context, trunk, self._head, rate, rate)
+
+    def fit(self, split: PairSplit, after_step: Callable[[int, int, float], None]) -> RewardModel:
+        """Trains on the one part of the pairs and measures on the other.
+
+        Args:
+            split: The pairs.
+            after_step: Told the step, all steps and the mean loss of the step in nats.
+
+        Raises:
+            ConfigError: The loss is no longer finite.
+            DataError: All scores are alike, so that nothing can be learnt from them.
+        """
+        rlhf = self._rlhf
+        batch_size = min(rlhf.reward_batch_size, len(split.train))
+        per_epoch = -(-len(split.train) // batch_size)
+        steps = per_epoch * rlhf.reward_epochs
+        for step in range(steps):
+            epoch, part = divmod(step, per_epoch)
+            order = shuffled(len(split.train), self._seed, REWARD_ORDER, epoch)
+            rows = order[part * batch_size : (part + 1) * batch_size].tolist()
+            self._learner.scale_rates(learning_rate_factor(step, steps))
+            after_step(step + 1, steps, self._step([split.train[row] for row in rows]))
+        return self._measured(split)
+
+    def _step(self, pairs: Sequence[TokenPair]) -> float:
+        own = pairs[self._context.rank :: self._context.world_size]
+        # A rank that gets no pair of a last, small batch still takes part in the exchange of gradients.
+        chosen, rejected = self._scores(own or pairs[:1]).chunk(2)
+        loss = preference_loss(chosen, rejected).sum() / len(pairs) * bool(own)
+        self._learner.backward(loss)
+        norm = self._learner.step()
+        total = float(all_reduce_sum(loss.detach()))
+        if not torch.isfinite(norm) or total != total:
+            raise ConfigError(
+                f"the reward model's loss is {total:g} and its gradient's norm {float(norm):g}: it diverges under "
+                f"rlhf.reward_learning_rate={self._rlhf.reward_learning_rate:g}; lower it"
+            )
+        return total
+
+    def _scores(self, pairs: Sequence[TokenPair]) -> Float[Tensor, " sides"]:
+        """Raw scores of the chosen sides, then of the rejected ones."""
+        sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        sequences = make_sequences([pair.prompt for pair in pairs] * 2, sides, self._pad_id, self._context.device)
+        return raw_scores(self._learner.forward, self._head, sequences)
+
+    @torch.no_grad()
+    def _scores_in_batches(self, pairs: Sequence[TokenPair]) -> Float[Tensor, "sides pairs"]:
+        """Raw scores of this rank's share of the pairs, chosen above rejected."""
+        own = pairs[self._context.rank :: self._context.world_size]
+        size = self._rlhf.reward_batch_size
+        parts = [self._scores(own[start : start + size]).view(2, -1) for start in range(0, len(own), size)]
+        return torch.cat(parts, 1).cpu() if parts else torch.zeros(2, 0)
+
+    def _measured(self, split: PairSplit) -> RewardModel:
+        mean, spread = self._normalisation(self._scores_in_batches(split.train))
+        chosen, rejected = self._scores_in_batches(split.held_out)
+        lengths = [len(pair.chosen) - len(pair.rejected) for pair in split.held_out]
+        right = (chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()
+        loss = preference_loss(chosen, rejected).sum()
+        right_sum, loss_sum = all_reduce_sum(torch.stack([right.float(), loss]).double()).tolist()
+        record = RewardRecord(
+            mean=mean,
+            spread=spread,
+            accuracy=right_sum / len(split.held_out),
+            loss=loss_sum / len(split.held_out),
+            length_accuracy=sum(0.5 + 0.5 * ((length > 0) - (length < 0)) for length in lengths) / len(lengths),
+            held_out_pairs=len(split.held_out),
+        )
+        logger.info(
+            "reward model: ranks %.1f%% of %d held-out pairs right (length alone %.1f%%), loss %.3f nats (chance 0.693)",
+            100 * record.accuracy,
+            record.held_out_pairs,
+            100 * record.length_accuracy,
+            record.loss,
+        )
+        trunk = self._learner.trunk
+        return RewardModel(trunk.eval().requires_grad_(False), self._head.requires_grad_(False), record)
+
+    def _normalisation(self, scores: Float[Tensor, "sides pairs"]) -> tuple[float, float]:
+        """Mean and standard deviation over the ranks."""
+        values = scores.double().flatten()
+        moments = torch.tensor([values.numel(), values.sum(), values.square().sum()], dtype=torch.float64)
+        count, total, squares = all_reduce_sum(moments).tolist()
+        variance = squares / count - (total / count) ** 2
+        if not variance > 1e-12:
+            raise DataError(
+                f"the reward model gives all {count:g} training responses the same score (variance {variance:g}); "
+                "raise rlhf.reward_learning_rate or rlhf.reward_epochs, or give pairs that differ"
+            )
+        return total / count, variance**0.5
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step (from 0): a rise over the first tenth, then a fall to zero."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))

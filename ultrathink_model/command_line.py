@@ -1,0 +1,89 @@
+"""What the command lines share: the check for packages, errors as messages, exit codes. Needs no package itself."""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from ultrathink_model.errors import EXIT_OK, EXIT_STOPPED_AFTER_SAVING, TrainingStoppedError, UltrathinkError
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED_PACKAGES = ("pydantic", "yaml", "torch", "transformers", "tokenizers", "datasets", "pandera", "rich")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations and names the nearest flag to one it does not know."""
+
+    def __init__(self, *, prog: str, description: str, epilog: Callable[[], str] | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._make_epilog = epilog
+
+    def format_help(self) -> str:
+        """The help, with an epilog that is only made when somebody asks for it."""
+        if self._make_epilog:
+            self.epilog = self._make_epilog()
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2, the message, and the nearest flag."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        nearest = difflib.get_close_matches(unknown[1], flags, n=1) if unknown else []
+        hint = f" Did you mean {nearest[0]}?" if nearest else f" `{self.prog} --help` lists what there is."
+        self.exit(2, f"{self.prog}: {message}.{hint}\n")
+
+
+def require_packages(script: str, names: Sequence[str] = NEEDED_PACKAGES) -> None:
+    """Ends the process with exit code 2 and one line that says how to get the packages, where some are missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    python = Path(".venv") / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    is_set_up = (ROOT / python).exists() and not Path(sys.prefix).is_relative_to(ROOT / ".venv")
+    first = "" if is_set_up else "`make setup`, then "
+    print(
+        f"{script}: this Python ({sys.executable}) has no {', '.join(missing)}: "
+        f"run {first}`{python} {script} …` in {ROOT}.",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+
+def run_and_exit(main: Callable[[], None]) -> NoReturn:
+    """Runs a command and ends the process: a typed error is a message on stderr and its exit code, no traceback.
+
+    SIGTERM outside training, which handles it by itself, ends the command with exit code 75, as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        main()
+    except UltrathinkError as error:
+        print(f"{_rank_prefix()}{error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print(f"{_rank_prefix()}interrupted; start the same command again to go on.", file=sys.stderr)
+        raise SystemExit(EXIT_STOPPED_AFTER_SAVING) from None
+    raise SystemExit(EXIT_OK)
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+    name = signal.Signals(signal_number).name
+    raise TrainingStoppedError(f"stopped by {name}; start the same command again to go on.")
+
+
+def _rank_prefix() -> str:
+    """Ranks other than the first say who they are, so that their copy of a message is known for one."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "

@@ -1,0 +1,55 @@
+"""A batch of packed sequences."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ultrathink_model.data.pack import IGNORED, Row
+
+NO_GROUP = -1
+
+
+@dataclass
+class Batch:
+    """Sequences that go through the model together.
+
+    `labels` stand at the position that predicts them, already shifted; -100 is not predicted. `document_ids` number
+    the documents within each row and are None when no row holds two of them. `source_groups` holds the expert group
+    0 … 3 of each token's source, -1 for none, and is None when no source is tagged.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    document_ids: Int[Tensor, "batch seq"] | None
+    source_groups: Int[Tensor, "batch seq"] | None
+    num_tokens: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, which a GPU reads without waiting."""
+        return self._apply(lambda tensor: tensor.pin_memory())
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Batch(*[function(value) if isinstance(value, Tensor) else value for value in values])
+
+
+def make_batch(rows: Sequence[Row], groups: Sequence[int]) -> Batch:
+    """Stacks rows; `groups` names each row's expert group, -1 for none."""
+    labels = np.stack([row.labels for row in rows])
+    document_ids = np.stack([row.document_ids for row in rows])
+    tagged = any(group != NO_GROUP for group in groups)
+    return Batch(
+        input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows])),
+        labels=torch.from_numpy(labels),
+        document_ids=torch.from_numpy(document_ids) if document_ids.any() else None,
+        source_groups=torch.tensor(groups)[:, None].repeat(1, labels.shape[1]) if tagged else None,
+        num_tokens=int((labels != IGNORED).sum()),
+    )

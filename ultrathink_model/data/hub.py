@@ -1,0 +1,140 @@
+"""Hub sources: datasets of the Hugging Face hub, downloaded, streamed, or from the cache where there is no network."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+
+import datasets
+import huggingface_hub
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+
+from ultrathink_model.data.articles import join_articles
+from ultrathink_model.data.document import BadRow, Row
+from ultrathink_model.data.known import KnownDataset
+from ultrathink_model.data.manifest import Split
+from ultrathink_model.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+REACH_SECONDS = 10.0
+
+
+class HubSource:
+    """A dataset of the hub.
+
+    Its fingerprint is made of its name, subset and text column, without asking the hub: data that was prepared once is
+    found again with no network. The rows come from the hub's newest revision at the time of preparation.
+
+    Args:
+        name: The source's name in messages.
+        known: Hub id, subset, text column and licence.
+        streaming: Read rows as they are downloaded, and keep no copy.
+    """
+
+    def __init__(self, name: str, known: KnownDataset, streaming: bool) -> None:
+        self.name, self.licence = name, known.licence
+        self.streaming = streaming
+        self._known = known
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the hub's dataset has a split named `validation`."""
+        return "validation" in self._splits
+
+    def identity(self) -> dict[str, object]:
+        """What the fingerprint covers: which dataset, subset, revision and column."""
+        known = self._known
+        return {
+            "kind": "hub",
+            "id": known.hub_id,
+            "subset": known.subset,
+            "revision": known.revision,
+            "text_column": known.text_column,
+            "article_heading": known.article_heading,
+        }
+
+    def rows(self, split: Split) -> Iterator[Row | BadRow]:
+        """The rows of a split; lines are joined to articles where the dataset's rows are lines."""
+        rows = self._read(self._splits[split], f"{self._known.hub_id}:{split}")
+        heading = self._known.article_heading
+        return rows if heading is None else join_articles(rows, heading)
+
+    def _read(self, rows: Iterable[Mapping[str, object]], file: str) -> Iterator[Row]:
+        column = self._known.text_column
+        try:
+            for number, row in enumerate(rows, start=1):
+                if column not in row:
+                    raise DataError(
+                        f"{file} has no column {column!r} but {', '.join(row)}; set data.text_column to one of them."
+                    )
+                yield Row(file, number, row[column])
+        except (HTTPError, OSError) as error:
+            raise DataError(f"{file}: the hub was lost while it was read ({error}); start again.") from None
+
+    @cached_property
+    def _splits(self) -> Mapping[str, Iterable[Mapping[str, object]]]:
+        known = self._known
+        trouble = _reach(known.hub_id)
+        logger.info("%s: reading %s from %s", self.name, known.hub_id, "the local cache" if trouble else "the hub")
+        try:
+            with _offline(trouble is not None):
+                # The cache keeps whole datasets only, and does not tell revisions apart.
+                found = datasets.load_dataset(
+                    known.hub_id,
+                    known.subset,
+                    revision=None if trouble else known.revision,
+                    streaming=self.streaming and trouble is None,
+                )
+        except (HTTPError, OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise DataError(self._explain(trouble, error)) from None
+        if "train" not in found:
+            raise DataError(f"{known.hub_id} has no split `train` but {', '.join(found)}; name another dataset.")
+        return found
+
+    def _explain(self, trouble: str | None, error: Exception) -> str:
+        known = self._known
+        subset = f" ({known.subset})" if known.subset else ""
+        if trouble is None:
+            return f"data.dataset={self.name}: {known.hub_id}{subset} cannot be loaded: {' '.join(str(error).split())}"
+        return (
+            f"data.dataset={self.name} cannot be had: there is no such file or folder here, {known.hub_id}{subset} is not "
+            f"in the cache ({datasets.config.HF_DATASETS_CACHE}), and the hub does not answer ({trouble}). Either give a "
+            "local copy (data.dataset=PATH of text, JSONL or Parquet; data.mirror_dir for a folder of copies by name), or "
+            "start again with a network. The built-in data.dataset=sotu needs neither."
+        )
+
+
+def _reach(hub_id: str) -> str | None:
+    """Asks the hub once, since `datasets` itself would try for most of a minute; says why it cannot be reached, or None.
+
+    Raises:
+        DataError: The hub answers that there is no such dataset, or that it is not for this user.
+    """
+    try:
+        huggingface_hub.HfApi().dataset_info(hub_id, timeout=REACH_SECONDS)
+    except RepositoryNotFoundError:
+        raise DataError(
+            f"{hub_id} is neither a file or folder here nor a dataset on the hub that this user may read; correct the "
+            "name, or log in with `hf auth login`."
+        ) from None
+    except HFValidationError:
+        raise DataError(f"{hub_id} is neither a file or folder here nor a possible hub id; correct the name.") from None
+    except (HTTPError, OSError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+@contextmanager
+def _offline(enabled: bool) -> Iterator[None]:
+    """Makes `datasets` look into its cache only; it has no argument for that, only a switch read when imported."""
+    switches = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in switches]
+    for module, name in switches:
+        setattr(module, name, enabled or getattr(module, name))
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)

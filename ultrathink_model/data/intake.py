@@ -1,0 +1,136 @@
+"""Intake: a source's rows checked against the schema, the bad ones quarantined, the good ones split."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ultrathink_model.config.data import DataConfig
+from ultrathink_model.data.document import BadRow
+from ultrathink_model.data.manifest import Split
+from ultrathink_model.data.schema import check_rows
+from ultrathink_model.data.sources import Source
+from ultrathink_model.errors import DataError
+
+NAMED_RULES = 3
+
+
+class Intake:
+    """One reading of a source: its documents with their splits, and the count of what was refused.
+
+    Args:
+        source: Where the rows come from.
+        data: `validation_every` and `max_quarantine_fraction`.
+        quarantine_file: Where refused rows are added, a JSON line each; None only counts them.
+    """
+
+    def __init__(self, source: Source, data: DataConfig, quarantine_file: Path | None = None) -> None:
+        self._source, self._data, self._quarantine_file = source, data, quarantine_file
+        self.name, self.streaming = source.name, source.streaming
+        self.rows = 0
+        self.train_full = False
+        """Set by the reader when it needs no more training documents of a source that streams."""
+        self._rules: Counter[str] = Counter()
+        self._examples: dict[str, BadRow] = {}
+
+    @property
+    def quarantined(self) -> int:
+        """Rows that broke a rule so far."""
+        return self._rules.total()
+
+    def documents(self) -> Iterator[tuple[Split, str]]:
+        """Each document's split and text, in the source's order.
+
+        Raises:
+            DataError: A split is empty, or more rows than `data.max_quarantine_fraction` were refused.
+        """
+        seen: Counter[Split] = Counter()
+        for split, text in self._split_documents():
+            seen[split] += 1
+            yield split, text
+        if not seen:
+            rules = f", for these rules: {self._commonest_rules()}" if self.quarantined else ""
+            raise DataError(
+                f"data.dataset={self.name} is empty: none of its {self.rows} rows is a document{rules}. Give it text."
+            )
+        self._check_quarantine()
+        if not seen["train"] or not seen["validation"]:
+            raise DataError(
+                f"data.dataset={self.name} has {seen['train']} training and {seen['validation']} validation "
+                "documents, and both are needed; give it more text."
+            )
+
+    def _split_documents(self) -> Iterator[tuple[Split, str]]:
+        if self._source.has_validation:
+            for text in self._texts("train"):
+                yield "train", text
+            for text in self._texts("validation"):
+                yield "validation", text
+        else:
+            yield from hold_out(self._texts("train"), self._data.validation_every)
+
+    def _texts(self, split: Split) -> Iterator[str]:
+        for item in check_rows(self._source.rows(split)):
+            if split == "train" and self.train_full:
+                return
+            self.rows += 1
+            if isinstance(item, BadRow):
+                self._quarantine(item)
+            else:
+                yield item
+
+    def _quarantine(self, row: BadRow) -> None:
+        self._rules[row.rule] += 1
+        self._examples.setdefault(row.rule, row)
+        if self._quarantine_file is not None:
+            with self._quarantine_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row.as_dict(), ensure_ascii=False) + "\n")
+
+    def _check_quarantine(self) -> None:
+        limit = self._data.max_quarantine_fraction
+        if self.quarantined <= limit * self.rows:
+            return
+        raise DataError(
+            f"data.dataset={self.name}: {self.quarantined} of {self.rows} rows "
+            f"({self.quarantined / self.rows:.1%}) break the schema, more than data.max_quarantine_fraction={limit:g}. "
+            f"The commonest rules broken: {self._commonest_rules()}. Mend the rows, name the text's column "
+            "(data.text_column), or raise the fraction."
+        )
+
+    def _commonest_rules(self) -> str:
+        return "; ".join(
+            f"{rule}: {count} rows, as in {self._examples[rule].file} row {self._examples[rule].row}: "
+            f"{self._examples[rule].excerpt!r}"
+            for rule, count in self._rules.most_common(NAMED_RULES)
+        )
+
+
+def hold_out(texts: Iterator[str], every: int) -> Iterator[tuple[Split, str]]:
+    """Holds out every n-th document, the first among them; a lone document is cut, and its last n-th part held out.
+
+    By index and not at random: the split of a growing source keeps what it held, and any tool can repeat it.
+    """
+    first = next(texts, None)
+    if first is None:
+        return
+    second = next(texts, None)
+    if second is None:
+        yield from _cut_in_two(first, every)
+        return
+    yield "validation", first
+    yield "train", second
+    for number, text in enumerate(texts, start=2):
+        yield ("train" if number % every else "validation"), text
+
+
+def _cut_in_two(text: str, every: int) -> Iterator[tuple[Split, str]]:
+    """Cuts at the last line's end before the held-out part, or between words, or anywhere."""
+    place = len(text) - len(text) // every
+    for mark in ("\n", " "):
+        at = text.rfind(mark, place // 2, place)
+        if at >= 0:
+            place = at + 1
+            break
+    yield "train", text[:place]
+    if text[place:].strip():
+        yield "validation", text[place:]

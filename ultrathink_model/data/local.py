@@ -1,0 +1,153 @@
+"""Local sources: a file, a folder or a glob of text, Markdown, JSON Lines and Parquet."""
+
+import glob
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ultrathink_model.data.articles import join_articles
+from ultrathink_model.data.document import BadRow, Row
+from ultrathink_model.data.file_formats import READERS
+from ultrathink_model.data.file_hashes import FileHashes
+from ultrathink_model.data.manifest import Split
+from ultrathink_model.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SPLIT_WORDS = {
+    "train": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file of a source, and its name within the source."""
+
+    path: Path
+    name: str
+
+
+class LocalSource:
+    """The documents of local files, sorted by file name.
+
+    Where some files are named `train…` and others `valid…`, `val…` or `dev…`, they are the splits, and files named
+    `test…` are left out; elsewhere the files are one pool from which documents are held out.
+
+    Args:
+        name: The source's name in messages.
+        files: What `find_files` found.
+        text_column: Column of the text in JSON Lines and Parquet.
+        article_heading: As in `KnownDataset`: the line that opens an article, where rows or files are lines.
+        hashes: Where file hashes are remembered.
+    """
+
+    licence = "not stated (local files)"
+    streaming = False
+
+    def __init__(
+        self,
+        name: str,
+        files: list[LocalFile],
+        text_column: str,
+        hashes: FileHashes,
+        article_heading: str | None = None,
+    ) -> None:
+        self.name = name
+        self._text_column, self._hashes, self._article_heading = text_column, hashes, article_heading
+        named: dict[str, list[LocalFile]] = {}
+        for file in files:
+            named.setdefault(_split_word(file), []).append(file)
+        self.has_validation = "train" in named and "validation" in named
+        self._files: dict[Split, list[LocalFile]] = {"train": files}
+        if self.has_validation:
+            self._files = {"train": named["train"], "validation": named["validation"]}
+            left_out = [file.name for word, some in named.items() if word not in self._files for file in some]
+            if left_out:
+                logger.info("%s has files for each split; left out: %s", name, ", ".join(left_out))
+
+    def identity(self) -> dict[str, object]:
+        """What the fingerprint covers: each split's file names and contents, and the text's column."""
+        listing = {split: [(file.name, self._hash(file)) for file in files] for split, files in self._files.items()}
+        self._hashes.save()
+        digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+        count = sum(len(files) for files in self._files.values())
+        return {
+            "kind": "local",
+            "files": count,
+            "sha256": digest,
+            "text_column": self._text_column,
+            "article_heading": self._article_heading,
+        }
+
+    def rows(self, split: Split) -> Iterator[Row | BadRow]:
+        """The rows of the split's files, file by file."""
+        for file in self._files[split]:
+            rows = READERS[file.path.suffix.lower()](file.path, file.name, self._text_column)
+            yield from rows if self._article_heading is None else join_articles(rows, self._article_heading)
+
+    def _hash(self, file: LocalFile) -> str:
+        try:
+            return self._hashes.hash(file.path)
+        except OSError as error:
+            raise DataError(f"{file.path}: {error.strerror}; name a file that can be read.") from None
+
+
+def find_files(name: str) -> list[LocalFile]:
+    """The readable files that a path or glob stands for, sorted by name.
+
+    Raises:
+        DataError: Nothing is there, or nothing of a known format.
+    """
+    path = Path(name).expanduser()
+    formats = ", ".join(READERS)
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise DataError(
+                f"data.dataset={name}: the format {path.suffix or '(no suffix)'} is not among {formats}; rename or convert the file."
+            )
+        return [LocalFile(path, path.name)]
+    if path.is_dir():
+        root, found = path, [file for file in path.rglob("*") if _is_visible(file.relative_to(path))]
+    else:
+        pattern = str(path)
+        found = [Path(match) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH207 - pathlib takes no absolute pattern
+        root = Path(re.split(r"[*?\[]", pattern, maxsplit=1)[0] or ".")
+        root = root if root.is_dir() else root.parent
+    files = [file for file in found if file.is_file()]
+    if not files:
+        raise DataError(f"data.dataset={name}: there is no such file or folder, or it is empty; correct the path.")
+    known = [file for file in files if file.suffix.lower() in READERS]
+    if not known:
+        raise DataError(f"data.dataset={name}: none of its {len(files)} files is of a known format ({formats}).")
+    if len(known) < len(files):
+        logger.info("%s: %d files of other formats than %s are not read", name, len(files) - len(known), formats)
+    return sorted((LocalFile(file, file.relative_to(root).as_posix()) for file in known), key=lambda file: file.name)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be meant as a path: it is there, or is spelled as no hub id is."""
+    return (
+        Path(name).expanduser().exists()
+        or bool(re.search(r"[*?\[\\]", name))
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or Path(name).suffix.lower() in READERS
+    )
+
+
+def _split_word(file: LocalFile) -> str:
+    word = re.split(r"[^a-z]", Path(file.name).name.lower(), maxsplit=1)[0]
+    return SPLIT_WORDS.get(word, "")
+
+
+def _is_visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)

@@ -1,0 +1,125 @@
+"""The manifest: what a prepared data set holds, as JSON beside its shards."""
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ultrathink_model.config.data import ExpertGroup
+from ultrathink_model.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+Split = Literal["train", "validation"]
+
+
+class SplitInfo(BaseModel):
+    """The size of one split.
+
+    `tokens` counts the tokens that a pass over the split predicts, each once: every token of every document and the
+    end-of-text token after it. `bytes` counts the UTF-8 bytes of the documents' text, without any mark between them.
+    The loss of a whole pass in nats, divided by `bytes` and ln 2, is therefore bits per byte.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    documents: int
+    tokens: int
+    bytes: int
+    sequences: int
+
+
+def add_up(infos: Iterable[SplitInfo]) -> SplitInfo:
+    """The sizes of several sources' splits together."""
+    every = list(infos)
+    return SplitInfo(
+        documents=sum(info.documents for info in every),
+        tokens=sum(info.tokens for info in every),
+        bytes=sum(info.bytes for info in every),
+        sequences=sum(info.sequences for info in every),
+    )
+
+
+class ShardInfo(BaseModel):
+    """One file of tokens and the file of its documents' ends, named within the manifest's folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens_file: str
+    documents_file: str
+    tokens: int
+    documents: int
+
+
+class SourceInfo(BaseModel):
+    """One source: what it was made from, and what each split holds of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    licence: str
+    weight: float
+    expert_group: ExpertGroup | None
+    identity: dict[str, object]
+    rows: int
+    quarantined: int
+    splits: dict[Split, SplitInfo]
+    shards: dict[Split, list[ShardInfo]]
+
+
+class DataManifest(BaseModel):
+    """A prepared data set: its folder, its fingerprint, and the size of its splits."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: Literal[1] = FORMAT_VERSION
+    path: Path
+    fingerprint: str
+    tokenizer_hash: str
+    vocab_size: int
+    sequence_length: int
+    token_dtype: Literal["uint16", "uint32"]
+    eos_id: int
+    pad_id: int
+    splits: dict[Split, SplitInfo]
+    sources: list[SourceInfo]
+    quarantined: int
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer's files."""
+        return self.path / "tokenizer"
+
+
+def save_manifest(manifest: DataManifest, folder: Path) -> None:
+    """Writes `manifest.json` into `folder`; the folder's own path is left out, so that it can be moved."""
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2, exclude={"path"}) + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: str | Path) -> DataManifest:
+    """Reads the manifest of a prepared folder and checks that its shards are there, whole.
+
+    Raises:
+        DataError: The folder is not prepared data of this version, or a shard is missing or has another size.
+    """
+    folder = Path(folder).resolve()
+    remedy = f"delete {folder} and start again: it is prepared anew"
+    try:
+        values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        manifest = DataManifest.model_validate(values | {"path": folder})
+    except OSError as error:
+        raise DataError(f"{folder} holds no prepared data ({MANIFEST_NAME}: {error.strerror})") from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder / MANIFEST_NAME} is not a manifest of this version ({error}); {remedy}") from None
+    width = 2 if manifest.token_dtype == "uint16" else 4
+    for source in manifest.sources:
+        for shard in itertools.chain.from_iterable(source.shards.values()):
+            file = folder / shard.tokens_file
+            size = file.stat().st_size if file.is_file() else -1
+            if size != shard.tokens * width or not (folder / shard.documents_file).is_file():
+                raise DataError(f"{file} should hold {shard.tokens * width} bytes and holds {max(size, 0)}; {remedy}")
+    return manifest

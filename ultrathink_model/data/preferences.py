@@ -1,0 +1,143 @@
+"""Preference pairs: of two answers to one prompt, the chosen and the rejected one."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pandera.pandas as pa
+from pydantic import BaseModel, ConfigDict
+
+from ultrathink_model.data.document import BadRow, make_excerpt
+from ultrathink_model.data.json_lines import read_json_lines
+from ultrathink_model.data.schema import broken_rules
+from ultrathink_model.errors import DataError
+
+COLUMNS = ("prompt", "chosen", "rejected")
+NAMED_RULES = 3
+
+
+class PreferencePair(BaseModel):
+    """A prompt with the answer that was preferred and the one that was not, as text."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class Preferences(BaseModel):
+    """Pairs split by prompt, and the rows that were refused."""
+
+    model_config = ConfigDict(frozen=True)
+
+    train: list[PreferencePair]
+    heldout: list[PreferencePair]
+    quarantined: list[dict[str, object]]
+
+
+def _text_column(name: str) -> pa.Column:
+    return pa.Column(
+        object,
+        checks=[
+            pa.Check(lambda value: isinstance(value, str), element_wise=True, name=f"{name} is a string"),
+            pa.Check(
+                lambda value: not isinstance(value, str) or bool(value.strip()),
+                element_wise=True,
+                name=f"{name} is not empty",
+            ),
+        ],
+        nullable=True,
+    )
+
+
+PREFERENCE_SCHEMA = pa.DataFrameSchema(
+    {name: _text_column(name) for name in COLUMNS},
+    checks=[
+        pa.Check(
+            lambda frame: frame["chosen"].map(repr) != frame["rejected"].map(repr),
+            name="chosen and rejected differ",
+        )
+    ],
+    strict=True,
+)
+
+
+def load_preferences(path: str | Path, holdout_fraction: float, max_quarantine_fraction: float = 0.01) -> Preferences:
+    """Reads a JSON Lines file of `prompt`, `chosen` and `rejected`, and holds out a share of the prompts.
+
+    Further columns are passed over. Pairs of one prompt stay on one side, so that held-out accuracy is on prompts
+    never seen.
+
+    Args:
+        path: The file.
+        holdout_fraction: Share of the prompts that is held out, above 0 and under 1; at least one is.
+        max_quarantine_fraction: Share of rows that may break the schema.
+
+    Raises:
+        DataError: The file cannot be read, has too many bad rows, or has fewer than two prompts.
+    """
+    path = Path(path)
+    pairs, bad, rows = _read_pairs(path)
+    if not rows:
+        raise DataError(f"rlhf.preference_data={path} is empty; it needs rows of {', '.join(COLUMNS)}.")
+    if len(bad) > max_quarantine_fraction * rows:
+        raise DataError(
+            f"rlhf.preference_data={path}: {len(bad)} of {rows} rows ({len(bad) / rows:.1%}) break the schema, more than "
+            f"data.max_quarantine_fraction={max_quarantine_fraction:g}. The commonest rules broken: {_commonest(bad)}. Mend "
+            "the rows, or raise the fraction."
+        )
+    train, heldout = split_by_prompt(pairs, holdout_fraction)
+    return Preferences(train=train, heldout=heldout, quarantined=[row.as_dict() for row in bad])
+
+
+def split_by_prompt(
+    pairs: Sequence[PreferencePair], holdout_fraction: float
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Divides pairs into training and held-out ones by their prompts.
+
+    Prompts are ranked by their hash and the first of them held out: the order of the rows and any seed are without
+    effect, and the share is exact to one prompt.
+
+    Raises:
+        DataError: There are fewer than two prompts.
+    """
+    ranked = sorted({pair.prompt for pair in pairs}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    if len(ranked) < 2:
+        raise DataError(
+            f"the preference pairs have {len(ranked)} prompts; one to train on and one to hold out are needed."
+        )
+    count = min(max(round(len(ranked) * holdout_fraction), 1), len(ranked) - 1)
+    held = set(ranked[:count])
+    return [pair for pair in pairs if pair.prompt not in held], [pair for pair in pairs if pair.prompt in held]
+
+
+def _read_pairs(path: Path) -> tuple[list[PreferencePair], list[BadRow], int]:
+    numbers: list[int] = []
+    values: list[dict[str, object]] = []
+    bad: list[BadRow] = []
+    for item in read_json_lines(path, path.name):
+        if isinstance(item, BadRow):
+            bad.append(item)
+            continue
+        number, row = item
+        missing = [name for name in COLUMNS if name not in row]
+        if missing:
+            bad.append(BadRow(path.name, number, f"row has the column {missing[0]!r}", make_excerpt(row)))
+        else:
+            numbers.append(number)
+            values.append({name: row[name] for name in COLUMNS})
+    rows = len(values) + len(bad)
+    frame = pd.DataFrame({name: pd.Series([row[name] for row in values], dtype=object) for name in COLUMNS})
+    broken = broken_rules(PREFERENCE_SCHEMA, frame) if values else {}
+    bad += [BadRow(path.name, numbers[at], rule, make_excerpt(values[at])) for at, rule in broken.items()]
+    pairs = [PreferencePair.model_validate(row) for at, row in enumerate(values) if at not in broken]
+    return pairs, sorted(bad, key=lambda row: row.row), rows
+
+
+def _commonest(bad: list[BadRow]) -> str:
+    first = {row.rule: row.row for row in reversed(bad)}
+    counts = Counter(row.rule for row in bad)
+    return "; ".join(f"{rule}: {count}, as in row {first[rule]}" for rule, count in counts.most_common(NAMED_RULES))

@@ -1,0 +1,78 @@
+"""Where documents come from: one interface, and the choice of the source that a name stands for."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from ultrathink_model.config.data import DataConfig
+from ultrathink_model.data.document import BadRow, Row
+from ultrathink_model.data.dummy import DummySource
+from ultrathink_model.data.file_hashes import FileHashes
+from ultrathink_model.data.known import KNOWN_DATASETS, KnownDataset
+from ultrathink_model.data.local import LocalSource, find_files, looks_like_path
+from ultrathink_model.data.manifest import Split
+from ultrathink_model.data.sotu import SotuSource
+
+
+class Source(Protocol):
+    """A set of documents that can be read again and again in the same order."""
+
+    name: str
+    licence: str
+    streaming: bool
+    """Whether rows come from afar as they are read, so that no more should be read than is used."""
+    has_validation: bool
+    """Whether the source brings a validation split of its own; if not, all its rows are in "train"."""
+
+    def identity(self) -> dict[str, object]:
+        """Plain values that change when the documents would: what the fingerprint covers."""
+        ...
+
+    def rows(self, split: Split) -> Iterator[Row | BadRow]:
+        """The rows of a split, read as a stream."""
+        ...
+
+
+BUILT_IN: dict[str, Callable[[], Source]] = {"sotu": SotuSource, "dummy": DummySource}
+
+
+def open_source(name: str, data: DataConfig) -> Source:
+    """The source that `data.dataset` or a part of `data.mix_datasets` names.
+
+    A known name means the dataset of that name, whatever lies in the working folder; `./NAME` means the file or folder.
+
+    Raises:
+        DataError: There is nothing of that name.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    known = KNOWN_DATASETS.get(name)
+    mirror = find_mirror(name, known, data)
+    if mirror is not None or (known is None and looks_like_path(name)):
+        files = find_files(name if mirror is None else str(mirror))
+        described = known or KnownDataset(name, licence="")
+        column = data.text_column or described.text_column
+        return LocalSource(name, files, column, FileHashes(Path(data.cache_dir)), described.article_heading)
+    known = known or KnownDataset(name, licence="as stated on the hub")
+    wanted = {"subset": data.dataset_config, "text_column": data.text_column}
+    known = replace(known, **{key: value for key, value in wanted.items() if value is not None})
+    # Imported here because `datasets` takes seconds, which no local source should wait for.
+    from ultrathink_model.data.hub import HubSource  # noqa: PLC0415
+
+    return HubSource(name, known, data.streaming)
+
+
+def find_mirror(name: str, known: KnownDataset | None, data: DataConfig) -> Path | None:
+    """The folder or file of `data.mirror_dir` that stands for a hub dataset, by its short name or its hub id.
+
+    Within it, a folder with the name of the subset is taken where there is one.
+    """
+    if data.mirror_dir is None:
+        return None
+    places = [Path(data.mirror_dir, name), *([Path(data.mirror_dir, known.hub_id)] if known else [])]
+    place = next((place for place in places if place.exists()), None)
+    subset = data.dataset_config or (known.subset if known else None)
+    if place is not None and subset is not None and (place / subset).is_dir():
+        return place / subset
+    return place

@@ -1,0 +1,61 @@
+"""The choice of the tokenizer that `data.tokenizer_name` stands for."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ultrathink_model.config import Config
+from ultrathink_model.data.intake import Intake
+from ultrathink_model.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from ultrathink_model.data.tokenizer_training import train_tokenizer
+from ultrathink_model.errors import TokenizerError
+
+logger = logging.getLogger(__name__)
+
+# Word counts settle long before this; it bounds the first of the two readings of a large source.
+TRAINING_CHARACTERS = 2**28
+TIKTOKEN_NAMES = ("cl100k_base", "gpt2")
+
+
+def tokenizer_identity(config: Config) -> dict[str, object]:
+    """Plain values that change when the tokenizer would: what the fingerprint covers of it."""
+    name = config.data.tokenizer_name
+    if name == "train":
+        return {"name": name, "vocab_size": config.model.vocab_size}
+    if name in TIKTOKEN_NAMES:
+        return {"name": name}
+    return {"hash": Tokenizer.load(name).hash}
+
+
+def choose_tokenizer(config: Config, intakes: Sequence[Intake]) -> Tokenizer:
+    """Trains, converts or loads the tokenizer of the config.
+
+    Raises:
+        TokenizerError: There is no such tokenizer, or it cannot be had without a network.
+    """
+    name = config.data.tokenizer_name
+    if name == "train":
+        logger.info("training a byte-level BPE of %d ids on the training split", config.model.vocab_size)
+        return train_tokenizer(_training_texts(intakes, TRAINING_CHARACTERS), config.model.vocab_size)
+    if name in TIKTOKEN_NAMES:
+        # Imported here because most runs do without tiktoken, and it takes its time.
+        from ultrathink_model.data.tokenizer_tiktoken import load_tiktoken  # noqa: PLC0415
+
+        logger.info("taking the tokenizer %s from tiktoken", name)
+        return load_tiktoken(name)
+    logger.info("taking the tokenizer of %s", name)
+    return Tokenizer.load(name)
+
+
+def _training_texts(intakes: Sequence[Intake], characters: int) -> Iterator[str]:
+    """The training documents of all sources, of each up to a number of characters."""
+    for intake in intakes:
+        rest = characters
+        for split, text in intake.documents():
+            if split == "train" and rest > 0:
+                yield text
+                rest -= len(text)
+                intake.train_full = rest <= 0 and intake.streaming
+        if rest <= 0:
+            logger.info("%s: the tokenizer learned from its first %d characters", intake.name, characters)

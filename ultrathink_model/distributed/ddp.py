@@ -1,0 +1,40 @@
+"""Distributed data parallelism: every rank holds the model, gradients are added up."""
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from ultrathink_model.distributed.single import SingleStrategy
+
+
+class DDPStrategy(SingleStrategy):
+    """PyTorch's DDP, with gradients summed instead of averaged.
+
+    DDP's own way to leave out the exchange of all but the last micro-step, `no_sync`, must be entered before the
+    forward pass. Ours decides in the hook that does the exchange, at the time of the backward pass.
+    """
+
+    name = "ddp"
+
+    def backward(self, loss: Float[Tensor, ""], is_last_micro_step: bool) -> None:
+        """Adds a micro-batch's gradient; with the last one, buckets are summed as they fill."""
+        self._exchanges = is_last_micro_step
+        loss.backward()
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        # Buffers change alike on all ranks, from counts that were summed over them.
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped.register_comm_hook(None, self._sum_bucket)
+        return wrapped
+
+    def _sum_bucket(self, _state: None, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+        if self._exchanges:
+            work = dist.all_reduce(bucket.buffer(), async_op=True)
+            assert work is not None
+            return work.get_future().then(lambda future: future.value()[0])
+        done: Future[torch.Tensor] = Future()
+        done.set_result(bucket.buffer())
+        return done

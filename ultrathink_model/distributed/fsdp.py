@@ -1,0 +1,46 @@
+"""Fully sharded data parallelism (FSDP2): weights, gradients and optimizer state are cut over the ranks."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from ultrathink_model.distributed.single import SingleStrategy
+
+
+class FSDPStrategy(SingleStrategy):
+    """`fully_shard` on each block and on the rest, with gradients summed instead of averaged.
+
+    A block's weights are gathered when it runs and dropped after it. `distributed.cpu_offload` keeps the shards in
+    host memory, where the optimizer then runs too.
+    """
+
+    name = "fsdp"
+
+    def backward(self, loss: Float[Tensor, ""], is_last_micro_step: bool) -> None:
+        """Adds a micro-batch's gradient; ranks exchange theirs in the last one."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_is_last_backward(is_last_micro_step)
+        self.model.set_requires_gradient_sync(is_last_micro_step)
+        loss.backward()
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        device = self.context.device
+        mesh = init_device_mesh(device.type, (self.context.world_size,), mesh_dim_names=("dp_shard",))
+        offload = self.config.distributed.cpu_offload and device.type != "cpu"
+        policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        for block in self._units(model):
+            fully_shard(block, mesh=mesh, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # Gloo can only add; NCCL's average would need gradient_scale to be the world size.
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+        return model
+
+    def _units(self, model: nn.Module) -> list[nn.Module]:
+        """What is gathered at once: the decoder's blocks."""
+        blocks = model.get_submodule("blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        return list(blocks)

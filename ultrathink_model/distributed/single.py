@@ -1,0 +1,53 @@
+"""One process, nothing shared."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ultrathink_model.distributed.interface import MakeOptimizer, Strategy
+from ultrathink_model.distributed.state import load_optimizer_state, optimizer_state
+
+
+class SingleStrategy(Strategy):
+    """The model as it is. Strategies that keep weights and gradients in the module build on this one."""
+
+    name = "single"
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Moves the model to the device."""
+        self.unwrapped = self._move_to_device(model)
+        self.model = self._wrap(self.unwrapped)
+        self.optimizer = make_optimizer(self.unwrapped)
+
+    def backward(self, loss: Float[Tensor, ""], is_last_micro_step: bool) -> None:
+        """Adds a micro-batch's gradient."""
+        loss.backward()
+
+    def gradient_norm_and_clip(self, max_norm: float | None) -> Float[Tensor, ""]:
+        """The norm of the gradient, which is then clipped."""
+        return self._clip(max_norm)
+
+    def step(self) -> None:
+        """Moves the weights and forgets the gradient."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def skip_step(self) -> None:
+        """Forgets the gradient."""
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The live weights and optimizer state: what is loaded into these tensors is in effect at once."""
+        return {
+            "model": self.unwrapped.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.unwrapped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copies what is not already in place."""
+        self.unwrapped.load_state_dict(state["model"])
+        load_optimizer_state(self.optimizer, self.unwrapped, state["optimizer"])
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        return model

@@ -1,0 +1,60 @@
+"""What an evaluation found, and how it is kept: JSON files that are replaced whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+
+class SavedRecord(BaseModel):
+    """A record that is kept as a JSON file; a number that is not finite is written as a string."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    def save(self, path: Path) -> None:
+        """Replaces the file in one step, durably: after a crash it holds the old record or the new, whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(self.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads the file.
+
+        Raises:
+            FileNotFoundError: There is none.
+            pydantic.ValidationError: It does not hold such a record.
+        """
+        return cls.model_validate_json(path.read_bytes())
+
+
+class Sample(BaseModel):
+    """A text that the model wrote: `text` follows on `prompt`, which is held-out text."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    text: str
+
+
+class EvaluationResult(SavedRecord):
+    """The content of `evaluation.json`.
+
+    Attributes:
+        metrics: Values by name, `eval/<task>/<metric>`: losses in nats per token, bits per byte of held-out text.
+        samples: Texts generated from held-out prompts.
+        data_fingerprint: The prepared data that was evaluated on.
+        validation_tokens: Tokens that were predicted.
+        validation_bytes: UTF-8 bytes of the text that they stand for.
+    """
+
+    metrics: dict[str, float]
+    samples: list[Sample] = []
+    data_fingerprint: str
+    validation_tokens: int
+    validation_bytes: int

@@ -1,0 +1,189 @@
+"""Generation: one token after the other, drawn from what the model predicts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from ultrathink_model.models.kv_cache import KVCache
+from ultrathink_model.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated after each prompt.
+
+    Attributes:
+        tokens: The new tokens; the padding token after a row's stop token.
+        logprobs: Log-probability in nats of each token under the temperature-scaled distribution before any
+            truncation (greedy: at temperature 1); 0 where `mask` is False.
+        mask: True up to and including the stop token.
+    """
+
+    tokens: Int[Tensor, "batch new"]
+    logprobs: Float[Tensor, "batch new"]
+    mask: Bool[Tensor, "batch new"]
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """One new token of every row; `active` is False for rows that had ended before it."""
+
+    tokens: Int[Tensor, " batch"]
+    logprobs: Float[Tensor, " batch"]
+    active: Bool[Tensor, " batch"]
+
+
+def generate(
+    model: Transformer,
+    prompts: Int[Tensor, "batch prompt"],
+    *,
+    attention_mask: Bool[Tensor, "batch prompt"] | None = None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_token_ids: Sequence[int] = (),
+    pad_token_id: int = 0,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Generation:
+    """Continues each prompt by up to `max_new_tokens` tokens.
+
+    The model is put in evaluation mode and left in the mode it was in.
+
+    Args:
+        model: The model.
+        prompts: Tokens, each row at least one; shorter prompts are padded on the left.
+        attention_mask: False on the left padding; None where no prompt is padded.
+        max_new_tokens: Tokens after which every row ends.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Tokens are drawn from the most likely ones that together hold this probability (Holtzman et al. 2019,
+            arXiv 1904.09751).
+        stop_token_ids: A row ends with the first of these.
+        pad_token_id: Fills a row after its stop token.
+        generator: Source of the draws, one uniform number a row and token; on any device.
+        use_cache: Keep keys and values between tokens; False computes every token from the whole text.
+    """
+    batch, device = prompts.shape[0], prompts.device
+    tokens = torch.full((batch, max_new_tokens), pad_token_id, dtype=prompts.dtype, device=device)
+    logprobs = torch.zeros(batch, max_new_tokens, device=device)
+    mask = torch.zeros(batch, max_new_tokens, dtype=torch.bool, device=device)
+    steps = generation_steps(
+        model,
+        prompts,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_token_ids=stop_token_ids,
+        pad_token_id=pad_token_id,
+        generator=generator,
+        use_cache=use_cache,
+    )
+    for column, new in enumerate(steps):
+        tokens[:, column], logprobs[:, column], mask[:, column] = new.tokens, new.logprobs, new.active
+    return Generation(tokens, logprobs, mask)
+
+
+@torch.no_grad()
+def generation_steps(
+    model: Transformer,
+    prompts: Int[Tensor, "batch prompt"],
+    *,
+    attention_mask: Bool[Tensor, "batch prompt"] | None = None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_token_ids: Sequence[int] = (),
+    pad_token_id: int = 0,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Iterator[NewTokens]:
+    """The tokens of `generate` as they come, for a reader who does not want to wait; same arguments."""
+    assert temperature >= 0 and 0 < top_p <= 1, f"{temperature=} and {top_p=} are no distribution"
+    active = torch.ones(prompts.shape[0], dtype=torch.bool, device=prompts.device)
+    stops = torch.tensor(stop_token_ids, dtype=prompts.dtype, device=prompts.device)
+    text = _GrowingText(model, prompts.shape[1] + max_new_tokens, use_cache)
+    was_training = model.training
+    model.eval()
+    try:
+        tokens, valid = prompts, attention_mask
+        for _ in range(max_new_tokens):
+            drawn, logprobs = choose_tokens(text.extend(tokens, valid), temperature, top_p, generator)
+            drawn = drawn.where(active, pad_token_id)
+            yield NewTokens(drawn, logprobs.where(active, 0.0), active)
+            if stop_token_ids:
+                active = active & ~torch.isin(drawn, stops)
+                if not active.any():
+                    return
+            tokens, valid = drawn.unsqueeze(1), None
+    finally:
+        model.train(was_training)
+
+
+def choose_tokens(
+    logits: Float[Tensor, "batch vocab"],
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Draws a token for each row, with its log-probability under the distribution before truncation."""
+    if temperature == 0:
+        drawn = logits.argmax(dim=-1, keepdim=True)
+        return drawn.squeeze(1), F.log_softmax(logits, dim=-1).gather(1, drawn).squeeze(1)
+    logprobs = F.log_softmax(logits / temperature, dim=-1)
+    weights = logprobs.exp() if top_p == 1 else _nucleus(logprobs.exp(), top_p)
+    drawn = _draw(weights, generator)
+    return drawn.squeeze(1), logprobs.gather(1, drawn).squeeze(1)
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Sets to zero all but the fewest most likely tokens whose probabilities reach `top_p`."""
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return torch.zeros_like(probabilities).scatter(1, order, ordered.where(before < top_p, 0.0))
+
+
+def _draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An index of each row, (batch, 1), with probability in proportion to its weight.
+
+    The inverse of the cumulated weights at a uniform number: a tenth of the time of `torch.multinomial`, which draws
+    a number for each token of the vocabulary.
+    """
+    device = weights.device if generator is None else generator.device
+    uniform = torch.rand(weights.shape[0], 1, generator=generator, device=device).to(weights.device)
+    # In double precision a float32 number below 1 times the whole stays below the whole, so what is found has weight.
+    cumulated = weights.double().cumsum(dim=-1)
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).clamp_max(weights.shape[1] - 1)
+
+
+class _GrowingText:
+    """Rows of text that grow at the end, and what the model predicts after them."""
+
+    def __init__(self, model: Transformer, capacity: int, use_cache: bool) -> None:
+        self._model = model
+        self._cache = KVCache(model.config.model.num_layers, capacity) if use_cache else None
+        self._tokens: Tensor | None = None
+        self._valid: Tensor | None = None
+
+    def extend(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """Adds (batch, new) tokens; returns the logits of what comes next, (batch, vocab), in float32."""
+        if self._cache is not None:
+            output = self._model(
+                tokens, attention_mask=valid, cache=self._cache, start=self._cache.length, return_logits=False
+            )
+        else:
+            self._append(tokens, valid)
+            output = self._model(self._tokens, attention_mask=self._valid, return_logits=False)
+        return F.linear(output.hidden[:, -1], self._model.output_weight).float()
+
+    def _append(self, tokens: Tensor, valid: Tensor | None) -> None:
+        if self._tokens is None:
+            self._tokens, self._valid = tokens, valid
+            return
+        self._tokens = torch.cat((self._tokens, tokens), dim=1)
+        if self._valid is not None:
+            self._valid = torch.cat((self._valid, torch.ones_like(tokens, dtype=torch.bool)), dim=1)

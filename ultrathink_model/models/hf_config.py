@@ -1,0 +1,158 @@
+"""`config.json`: our architecture in the words of `transformers`, and back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ultrathink_model.config import Config, make_config
+from ultrathink_model.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+
+
+def hugging_face_config(config: Config) -> dict[str, Any]:
+    """The content of `config.json`: Qwen3's, or Qwen3-MoE's where any block is a mixture."""
+    return _mixture_config(config) if config.advanced.enable_moe else _dense_config(config)
+
+
+def _dense_config(config: Config) -> dict[str, Any]:
+    model = config.model
+    windowed = model.sliding_window is not None
+    return _shared_config(config) | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "max_window_layers": 0 if windowed else model.num_layers,
+        "layer_types": ["sliding_attention" if windowed else "full_attention"] * model.num_layers,
+    }
+
+
+def _mixture_config(config: Config) -> dict[str, Any]:
+    moe = config.moe
+    return _shared_config(config) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "decoder_sparse_step": moe.layer_frequency,
+        "mlp_only_layers": [],
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.moe_top_k,
+        "moe_intermediate_size": moe.expert_hidden_size or config.model.feed_forward_size // moe.moe_top_k,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": moe.load_balance_weight,
+        "output_router_logits": False,
+    }
+
+
+def _shared_config(config: Config) -> dict[str, Any]:
+    model = config.model
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.feed_forward_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_seq_length,
+        # Twice, since readers outside of transformers 5 look for the flat key.
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_sliding_window": model.sliding_window is not None,
+        "sliding_window": model.sliding_window,
+        "initializer_range": model.initializer_range,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+
+
+def config_from_hugging_face(folder: Path) -> Config:
+    """The config of a Qwen3 or Qwen3-MoE folder that was not written by us.
+
+    All experts go to the knowledge group, since the folder names no groups.
+
+    Raises:
+        CheckpointError: The model is of another type, or has a part that ours has not.
+    """
+    theirs = _read_with_defaults(folder)
+    _refuse_what_differs(theirs, folder)
+    model = {
+        "vocab_size": theirs["vocab_size"],
+        "hidden_size": theirs["hidden_size"],
+        "num_layers": theirs["num_hidden_layers"],
+        "num_heads": theirs["num_attention_heads"],
+        "num_kv_heads": theirs["num_key_value_heads"],
+        "head_dim": theirs.get("head_dim"),
+        "intermediate_size": theirs["intermediate_size"],
+        "max_seq_length": theirs["max_position_embeddings"],
+        "rope_theta": theirs["rope_parameters"]["rope_theta"],
+        "norm_eps": theirs["rms_norm_eps"],
+        "tie_embeddings": theirs["tie_word_embeddings"],
+        "sliding_window": theirs["sliding_window"] if theirs["use_sliding_window"] else None,
+        "initializer_range": theirs["initializer_range"],
+    }
+    values: dict[str, Any] = {"model": model, "data": {"tokenizer_name": str(folder)}}
+    if theirs["model_type"] == "qwen3_moe":
+        values["advanced"] = {"enable_moe": True}
+        values["moe"] = {
+            "num_knowledge_experts": theirs["num_experts"],
+            **{f"num_{group}_experts": 0 for group in ("skill", "meta", "safety")},
+            "moe_top_k": theirs["num_experts_per_tok"],
+            "layer_frequency": theirs["decoder_sparse_step"],
+            "expert_hidden_size": theirs["moe_intermediate_size"],
+        }
+    return make_config(values, origin=str(folder / CONFIG_FILE))
+
+
+def _read_with_defaults(folder: Path) -> dict[str, Any]:
+    """`config.json` with what it leaves out, since `transformers` need not write a value that is its default."""
+    model_type = read_config_json(folder).get("model_type")
+    if model_type not in ("qwen3", "qwen3_moe"):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: model_type {model_type!r} is not one of qwen3, qwen3_moe, nor is there an "
+            "ultrathink.yaml; name a final_model/ of ours or a Qwen3 or Qwen3-MoE folder."
+        )
+    from transformers import AutoConfig  # noqa: PLC0415 - takes seconds, and our own folders do without
+
+    theirs = AutoConfig.from_pretrained(folder)
+    values = theirs.to_dict()
+    return values | {"num_experts": getattr(theirs, "num_experts", None)}
+
+
+def read_config_json(folder: Path) -> Mapping[str, Any]:
+    """`config.json` as it stands.
+
+    Raises:
+        CheckpointError: It is missing or is not a JSON object.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; name the final_model/ folder of a finished run.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; export the model again.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {type(values).__name__}, not an object; export the model again.")
+    return values
+
+
+def _refuse_what_differs(theirs: Mapping[str, Any], folder: Path) -> None:
+    layers = theirs["num_hidden_layers"]
+    sliding = theirs.get("layer_types") or []
+    rules = {
+        "hidden_act": (theirs["hidden_act"], "silu"),
+        "attention_bias": (theirs["attention_bias"], False),
+        "rope_parameters.rope_type": (theirs["rope_parameters"]["rope_type"], "default"),
+        "layers with a sliding window": (sliding.count("sliding_attention") % max(layers, 1), 0),
+        "mlp_only_layers": (theirs.get("mlp_only_layers") or [], []),
+        "norm_topk_prob": (theirs.get("norm_topk_prob", True), True),
+    }
+    for name, (value, wanted) in rules.items():
+        if value != wanted:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: {name} is {value!r}; our model has only {wanted!r}. Take another model."
+            )

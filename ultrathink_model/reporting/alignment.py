@@ -1,0 +1,55 @@
+"""Alignment by iteration: reward, distance from the reference, and the reward model's worth."""
+
+from collections.abc import Sequence
+
+from ultrathink_model.reporting.chart import Level, LineChart, Series
+from ultrathink_model.reporting.stages import Stage
+
+# Chart title, metric and unit, in the order of the page; reward and KL come first.
+CHARTS = (
+    ("Reward", "rlhf/reward", "mean score of a response"),
+    ("Distance from the reference", "rlhf/kl", "KL, nats per response"),
+    ("KL weight", "rlhf/kl_weight", "reward per nat"),
+    ("Entropy", "rlhf/entropy", "nats per token"),
+    ("Policy loss", "rlhf/policy_loss", "per token"),
+    ("Value loss", "rlhf/value_loss", "squared error"),
+    ("Held-out accuracy", "rlhf/reward_accuracy", "share of pairs ranked right"),
+)
+
+
+def alignment_charts(stages: Sequence[Stage]) -> list[LineChart]:
+    """A chart for each quantity that changed over the iterations of any stage."""
+    charts = []
+    for title, metric, unit in CHARTS:
+        curves = [(stage, *stage.curve(metric, "step")) for stage in stages]
+        series = [Series(stage.name, stage.number, x, y) for stage, x, y in curves if len(x) > 1]
+        if series:
+            levels = _targets(stages) if metric == "rlhf/kl" else []
+            charts.append(LineChart(title, unit, "iteration", series, levels))
+    return charts
+
+
+def alignment_facts(stage: Stage) -> list[tuple[str, str]]:
+    """What alignment came to in one stage: a name and a value each; empty for a stage without it."""
+    facts = []
+    accuracy = stage.last("rlhf/reward_accuracy")
+    if accuracy is not None:
+        facts.append(("reward model, held-out pairs ranked right", f"{100 * accuracy:.1f} %"))
+    _, rewards = stage.curve("rlhf/reward", "step")
+    if rewards:
+        tenth = max(1, len(rewards) // 10)
+        first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
+        facts.append(
+            (f"mean reward, first and last {tenth} iteration{'s' if tenth > 1 else ''}", f"{first:.3f} → {last:.3f}")
+        )
+    _, kl = stage.curve("rlhf/kl", "step")
+    target = stage.setting("rlhf", "target_kl")
+    if kl:
+        bound = f" (target {target:g})" if isinstance(target, int | float) else ""
+        facts.append(("largest KL, nats per response", f"{max(kl):.2f}{bound}"))
+    return facts
+
+
+def _targets(stages: Sequence[Stage]) -> list[Level]:
+    targets = [stage.setting("rlhf", "target_kl") for stage in stages if stage.curve("rlhf/kl", "step")[0]]
+    return [Level("target", float(target)) for target in dict.fromkeys(targets) if isinstance(target, int | float)]

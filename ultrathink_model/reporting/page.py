@@ -1,0 +1,108 @@
+"""The page: the sections that the stages have something for, in one HTML file that needs nothing beside it."""
+
+import base64
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ultrathink_model.errors import DataError
+from ultrathink_model.reporting import alignment, curves, routing, tables
+from ultrathink_model.reporting.stages import Stage, read_stage
+
+# The palette of the style sheet has this many stage colours.
+COLOURS = 6
+
+
+def write_report(folders: Sequence[Path], destination: Path, title: str) -> Path:
+    """Writes the report of some run folders, in the order in which the stages ran, as one HTML file.
+
+    Args:
+        folders: Run folders; what one of them lacks is left out of the page.
+        destination: The file, replaced in one step.
+        title: Heading of the page, plain text.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        DataError: A folder does not exist, or none was given.
+    """
+    text = report_html(folders, title)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, destination)
+    return destination
+
+
+def report_html(folders: Sequence[Path], title: str) -> str:
+    """The same page as text. Every value in it is escaped, and nothing but its own script may run in it."""
+    if not folders:
+        raise DataError("a report needs at least one run folder")
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise DataError(f"no run folder at {', '.join(missing)}; a report is made from folders that training wrote")
+    stages = _with_distinct_names([read_stage(folder, number % COLOURS) for number, folder in enumerate(folders)])
+    script = _asset("report.js")
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=title,
+            style=Markup(_asset("report.css")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            **_content(stages),
+        )
+    )
+
+
+def _with_distinct_names(stages: list[Stage]) -> list[Stage]:
+    """The stages, those that share a name with another told apart by their place."""
+    names = [stage.name for stage in stages]
+    for place, stage in enumerate(stages, start=1):
+        if names.count(stage.name) > 1:
+            stage.name = f"{stage.name} ({place})"
+    return stages
+
+
+def _content(stages: list[Stage]) -> dict[str, object]:
+    return {
+        "stages": stages,
+        "problems": [problem for stage in stages for problem in stage.problems],
+        "headline": tables.headline(stages),
+        "stage_facts": [(stage, tables.stage_facts(stage)) for stage in stages],
+        "evaluation_rows": tables.evaluation_rows(stages),
+        "evaluated": [stage for stage in stages if stage.evaluation],
+        "other_measures": tables.other_measures(stages),
+        "loss_chart": curves.loss_chart(stages),
+        "engine_charts": curves.engine_charts(stages),
+        "heat_maps": routing.heat_maps(stages),
+        "path_shares": routing.path_shares(stages),
+        "routing_charts": routing.routing_charts(stages),
+        "alignment_charts": alignment.alignment_charts(stages),
+        "alignment_facts": [(stage, facts) for stage in stages if (facts := alignment.alignment_facts(stage))],
+        "alignment_samples": [(stage, stage.samples) for stage in stages if stage.samples],
+        "prompts": tables.samples_by_prompt(stages),
+        "differences": tables.config_differences(stages) if len(stages) > 1 else [],
+    }
+
+
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("ultrathink_model.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")

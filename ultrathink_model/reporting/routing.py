@@ -1,0 +1,148 @@
+"""Where tokens went: the load of each expert, the share of each group, and the depth of reasoning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ultrathink_model.reporting.chart import Level, LineChart, Series
+from ultrathink_model.reporting.curves import stage_series, stage_starts, token_offsets
+from ultrathink_model.reporting.stages import Stage
+
+PATHS = ("fast", "standard", "deep", "ultra_deep")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One expert in one layer; `heat` is its load in percent of the colour scale, which ends at twice the fair share."""
+
+    heat: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A range of experts: its share of all tokens beside its share of the experts, in percent."""
+
+    name: str
+    experts: int
+    share: float
+    fair: float
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The load of every expert: rows are mixture layers, each cut into the groups' cells."""
+
+    stage: Stage
+    rows: list[list[list[Cell]]]
+    groups: list[Group]
+
+    @property
+    def columns(self) -> str:
+        """The groups' widths, as a CSS grid's columns."""
+        return " ".join(f"minmax(0, {group.experts}fr)" for group in self.groups)
+
+
+@dataclass(frozen=True)
+class PathShares:
+    """The share of each path in percent, one row a routed layer."""
+
+    stage: Stage
+    rows: list[list[tuple[str, float]]]
+
+
+def heat_maps(stages: Sequence[Stage]) -> list[HeatMap]:
+    """One heat map for each stage that has experts."""
+    return [_heat_map(stage) for stage in stages if stage.routing and stage.routing.load]
+
+
+def path_shares(stages: Sequence[Stage]) -> list[PathShares]:
+    """The last step's paths of each stage that reasons at several depths."""
+    return [
+        PathShares(
+            stage,
+            [
+                [(_spoken(path), 100 * share) for path, share in zip(PATHS, row, strict=True)]
+                for row in stage.routing.paths
+            ],
+        )
+        for stage in stages
+        if stage.routing and stage.routing.paths
+    ]
+
+
+def routing_charts(stages: Sequence[Stage]) -> list[LineChart]:
+    """Router entropy, dropped tokens, depth shares and compute over the tokens of all stages."""
+    starts = stage_starts(stages)
+    charts = []
+    shares = _depth_series(stages)
+    if shares:
+        charts.append(
+            LineChart(
+                "Reasoning paths", "share of tokens", "tokens", shares, starts=starts, y_range=(0.0, 1.0), percent=True
+            )
+        )
+    for title, metric, unit, levels in (
+        ("Reasoning compute", "train/dre/compute", "passes per token", _budgets(stages)),
+        ("Router entropy", "train/moe/entropy", "nats", []),
+        ("Dropped tokens", "train/moe/dropped", "share of tokens", []),
+    ):
+        series = stage_series(stages, metric)
+        if any(any(curve.y) for curve in series):
+            charts.append(LineChart(title, unit, "tokens", series, levels, starts))
+    return charts
+
+
+def _heat_map(stage: Stage) -> HeatMap:
+    assert stage.routing is not None
+    load = stage.routing.load
+    experts = len(load[0])
+    sizes = {name: size for name, size in stage.routing.groups.items() if size} or {"experts": experts}
+    rows, totals = [], dict.fromkeys(sizes, 0.0)
+    for layer, shares in enumerate(load):
+        cells, first = [], 0
+        for name, size in sizes.items():
+            group = range(first, min(first + size, len(shares)))
+            cells.append([_cell(layer, name, expert, shares[expert], len(shares)) for expert in group])
+            totals[name] += sum(shares[expert] for expert in group) / len(load)
+            first += size
+        rows.append(cells)
+    groups = [Group(name, size, 100 * totals[name], 100 * size / experts) for name, size in sizes.items()]
+    return HeatMap(stage, rows, groups)
+
+
+def _cell(layer: int, group: str, expert: int, share: float, experts: int) -> Cell:
+    relative = share * experts
+    return Cell(
+        heat=round(min(100.0, 50 * relative), 1),
+        title=f"mixture layer {layer + 1}, expert {expert + 1} ({group}): {100 * share:.1f} % of tokens, {relative:.2f}× its fair share",
+    )
+
+
+def _depth_series(stages: Sequence[Stage]) -> list[Series]:
+    """The paths' shares over time, stacked from fast at the bottom to ultra-deep at the top."""
+    series: list[Series] = []
+    for stage, offset in zip(stages, token_offsets(stages), strict=True):
+        curves = [stage.curve(f"train/dre/path/{path}") for path in PATHS]
+        x = curves[0][0]
+        if not x or any(other != x for other, _ in curves):
+            continue
+        base = [0.0] * len(x)
+        for number, (path, (_, shares)) in enumerate(zip(PATHS, curves, strict=True)):
+            top = [low + share for low, share in zip(base, shares, strict=True)]
+            place = [offset + value for value in x]
+            series.append(Series(_spoken(path), number, place, top, "area", "path", base))
+            base = top
+    return series
+
+
+def _budgets(stages: Sequence[Stage]) -> list[Level]:
+    """The compute budgets that the stages with a reasoning engine were given."""
+    budgets: list[Any] = [
+        stage.setting("dre", "compute_budget") for stage in stages if stage.setting("advanced", "enable_dre")
+    ]
+    return [Level("budget", float(budget)) for budget in dict.fromkeys(budgets) if isinstance(budget, int | float)]
+
+
+def _spoken(path: str) -> str:
+    return path.replace("_", "-")

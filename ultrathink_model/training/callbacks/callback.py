@@ -1,0 +1,24 @@
+"""The base of all callbacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ultrathink_model.training.trainer import Trainer
+
+
+class Callback:
+    """Something that is done around the steps of training. Every rank calls the same callbacks in the same order."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Before the first step of this start."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """After each step."""
+
+    def on_finish(self, trainer: Trainer) -> None:
+        """After the last step of the run."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """After the step at which a signal stopped the run, which a later start will go on from."""

@@ -1,0 +1,77 @@
+"""Validation while training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ultrathink_model.config import Config
+from ultrathink_model.data import DataManifest, ValidationLoader
+from ultrathink_model.distributed.context import RankContext, all_reduce_sum
+from ultrathink_model.evaluation.perplexity import validation_loss
+from ultrathink_model.training.callbacks.callback import Callback
+
+if TYPE_CHECKING:
+    from ultrathink_model.training.trainer import Trainer
+
+
+class EvaluationCallback(Callback):
+    """Measures `val/loss` every `evaluation.eval_steps` steps, every `eval_frequency` epochs and at the end.
+
+    On the way it takes `evaluation.eval_samples` sequences; at the end, all of them. A run that starts from a trained
+    model is measured before its first step too, in full: it should begin where that model ended.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: DataManifest,
+        context: RankContext,
+        metrics: dict[str, float],
+        *,
+        at_start: bool,
+    ) -> None:
+        """Prepares the callback.
+
+        Args:
+            config: Section `evaluation` says how often and on how much.
+            manifest: Prepared data.
+            context: This rank.
+            metrics: Takes the results.
+            at_start: Whether to measure before the first step.
+        """
+        self._config, self._manifest, self._context = config, manifest, context
+        self._metrics = metrics
+        self._at_start = at_start
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Measures the model that the run starts from."""
+        if self._at_start:
+            self._evaluate(trainer, None)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Measures where it is due."""
+        evaluation, step = self._config.evaluation, trainer.position.step
+        is_due = trainer.length.ends_epoch(step, evaluation.eval_frequency) or (
+            evaluation.eval_steps is not None and step % evaluation.eval_steps == 0
+        )
+        if is_due and not trainer.is_last_step:
+            self._evaluate(trainer, evaluation.eval_samples)
+
+    def on_finish(self, trainer: Trainer) -> None:
+        """Measures on the whole validation split."""
+        self._evaluate(trainer, None)
+
+    def _evaluate(self, trainer: Trainer, max_sequences: int | None) -> None:
+        context = self._context
+        loader = ValidationLoader(
+            self._manifest,
+            self._config,
+            rank=context.rank,
+            world_size=context.world_size,
+            max_sequences=max_sequences,
+        )
+        with trainer.pause():
+            trainer.strategy.model.eval()
+            result = validation_loss(trainer.forward, loader, context.device, all_reduce_sum)
+            trainer.strategy.model.train()
+        self._metrics["val/loss"] = result.loss

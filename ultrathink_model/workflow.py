@@ -1,0 +1,258 @@
+"""The workflows as plans: the steps of each, in order, and the config and folder of every step.
+
+Nothing here runs anything or imports torch: a mistake in the config is found before the first import that takes
+seconds, and both command lines and ZenML work from the same plan.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from ultrathink_model.config import Config, load_config
+from ultrathink_model.config.model import DREConfig, MoEConfig
+from ultrathink_model.config.profiles import profile_path, resolve_profile
+from ultrathink_model.config.rlhf import RLHFConfig
+from ultrathink_model.errors import ConfigError
+
+STAGE_PREFIX = re.compile(r"(\w+):(.+)", re.DOTALL)
+
+
+class Stage(NamedTuple):
+    """One stage of a workflow: what it changes in the config of the run.
+
+    Attributes:
+        defaults: Overrides that the user's own overrides win over.
+        fixed: Overrides that make the stage what it is; only `stage:section.key=value` wins over them.
+    """
+
+    name: str
+    defaults: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+
+class Workflow(NamedTuple):
+    """The stages that train, and the other steps of a workflow, by name and in order."""
+
+    stages: tuple[Stage, ...]
+    steps: tuple[str, ...]
+
+
+DENSE = ("advanced.enable_moe=false", "advanced.enable_dre=false")
+ADVANCED = ("advanced.enable_moe=true", "advanced.enable_dre=true")
+
+WORKFLOWS = {
+    "prototype": Workflow(
+        stages=(
+            Stage(
+                "check",
+                defaults=(*DENSE, "training.max_steps=20", "data.train_samples=1000", "evaluation.eval_samples=32"),
+                fixed=(
+                    "advanced.enable_rlhf=false",
+                    "data.dataset=dummy",
+                    "data.dataset_config=null",
+                    "data.text_column=null",
+                    "data.mix_datasets=null",
+                    "data.streaming=false",
+                ),
+            ),
+            Stage("pretrain", defaults=("training.num_epochs=1",), fixed=("advanced.enable_rlhf=false",)),
+        ),
+        steps=("prepare_dummy", "check", "prepare_data", "pretrain", "evaluate_pretrain", "export", "report"),
+    ),
+    "production": Workflow(
+        stages=(
+            Stage("baseline", defaults=DENSE, fixed=("advanced.enable_rlhf=false",)),
+            Stage("advanced", defaults=ADVANCED, fixed=("advanced.enable_rlhf=false",)),
+            Stage("rlhf", defaults=ADVANCED, fixed=("advanced.enable_rlhf=true", "training.learning_rate=1.0e-5")),
+        ),
+        steps=(
+            "prepare_data",
+            "baseline",
+            "advanced",
+            "rlhf",
+            "evaluate_baseline",
+            "evaluate_advanced",
+            "evaluate_rlhf",
+            "export",
+            "report",
+        ),
+    ),
+    "multi_gpu": Workflow(
+        stages=(Stage("pretrain", fixed=("advanced.enable_rlhf=false", "distributed.enabled=true")),),
+        steps=("prepare_data", "pretrain", "evaluate_pretrain", "export", "report"),
+    ),
+}
+
+
+class StepPlan(BaseModel):
+    """What one step of a workflow is to do: the whole of its input beside the references of the steps before it.
+
+    Attributes:
+        name: The step's name in the workflow.
+        number: Its place, counted from 1.
+        of: Number of steps in the workflow.
+        folder: Where the workflow writes.
+        inputs: Signature of the local files that the config names: another one where such a file has changed.
+        config: The config of the step; a training stage's `output.output_dir` is its run's folder.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    number: int
+    of: int
+    folder: str
+    inputs: str
+    config: Config
+
+    @property
+    def title(self) -> str:
+        """The step as the progress lines name it."""
+        return f"stage {self.number}/{self.of} {self.name}"
+
+
+class WorkflowPlan(BaseModel):
+    """A workflow, ready to be wired."""
+
+    model_config = ConfigDict(frozen=True)
+
+    workflow: str
+    reason: str
+    config: Config
+    folder: Path
+    steps: dict[str, StepPlan]
+
+    def __getitem__(self, step: str) -> StepPlan:
+        return self.steps[step]
+
+
+def plan_workflow(
+    workflow: str, profile: str | None = None, config: str | None = None, overrides: Iterable[str] = ()
+) -> WorkflowPlan:
+    """The plan of a workflow from a profile or a config file.
+
+    Args:
+        workflow: `prototype`, `production` or `multi_gpu`.
+        profile: `auto`, `tiny`, `small`, `medium` or `large`; None with no `config` is `auto`.
+        config: A config file in place of a profile's.
+        overrides: Each `section.key=value`, or `stage:section.key=value` for one stage alone.
+
+    Raises:
+        ConfigError: No such workflow, profile, file, stage or key; a value that breaks a rule; both a profile and a
+            file were given.
+    """
+    if workflow not in WORKFLOWS:
+        raise ConfigError(f"--workflow {workflow} does not exist; take one of {', '.join(WORKFLOWS)}.")
+    if config and profile:
+        raise ConfigError(f"--profile {profile} and --config {config} were both given; take one of them.")
+    if config:
+        path, reason = Path(config), f"config {config}"
+    else:
+        choice = resolve_profile(profile or "auto")
+        path, reason = profile_path(choice.profile), choice.reason
+    general, by_stage = _split_overrides(overrides, WORKFLOWS[workflow].stages)
+    base = load_config(path, general)
+    folder = Path(base.output.output_dir).resolve() / workflow
+    configs = {
+        stage.name: _stage_config(path, stage, general, by_stage[stage.name], folder)
+        for stage in WORKFLOWS[workflow].stages
+    }
+    names = WORKFLOWS[workflow].steps
+    steps = {}
+    for number, name in enumerate(names, start=1):
+        step_config = configs[stage_of(workflow, name)]
+        steps[name] = StepPlan(
+            name=name,
+            number=number,
+            of=len(names),
+            folder=str(folder),
+            inputs=input_signature(step_config),
+            config=step_config,
+        )
+    return WorkflowPlan(workflow=workflow, reason=reason, config=base, folder=folder, steps=steps)
+
+
+def stage_of(workflow: str, step: str) -> str:
+    """The training stage whose config a step works by: its own, or the last one's for export and report."""
+    stages = [stage.name for stage in WORKFLOWS[workflow].stages]
+    if step in stages:
+        return step
+    if step.startswith("evaluate_"):
+        return step.removeprefix("evaluate_")
+    if step == "prepare_dummy":
+        return "check"
+    if step == "prepare_data":
+        # Data are prepared once, for the first stage that learns from them.
+        return next(stage for stage in stages if stage != "check")
+    return stages[-1]
+
+
+def input_signature(config: Config) -> str:
+    """SHA-256 over name, size and time of every local file that the config names as an input."""
+    sources = config.data.mix_datasets
+    names = [config.data.dataset, config.data.tokenizer_name]
+    if isinstance(sources, str):
+        names += [source.rpartition(":")[0] or source for source in sources.split(",")]
+    elif sources:
+        names += [source.dataset for source in sources]
+    names += [name for name in (config.rlhf.preference_data, config.distributed.deepspeed_config) if name]
+    digest = hashlib.sha256()
+    for path in sorted({file for name in names for file in _local_files(name)}):
+        status = path.stat()
+        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def plan_hash(plan: StepPlan) -> str:
+    """SHA-256 of what a plan computes: all of its config but how it is logged."""
+    values = plan.config.model_dump(mode="json", exclude={"logging"})
+    return hashlib.sha256(json.dumps([values, plan.inputs], sort_keys=True).encode()).hexdigest()
+
+
+def _split_overrides(overrides: Iterable[str], stages: tuple[Stage, ...]) -> tuple[list[str], dict[str, list[str]]]:
+    general: list[str] = []
+    by_stage: dict[str, list[str]] = {stage.name: [] for stage in stages}
+    for override in overrides:
+        match = STAGE_PREFIX.fullmatch(override)
+        if match is None:
+            general.append(override)
+        elif match[1] in by_stage:
+            by_stage[match[1]].append(match[2])
+        else:
+            raise ConfigError(
+                f"--override {override}: the workflow has no stage {match[1]}; its stages are {', '.join(by_stage)}."
+            )
+    return general, by_stage
+
+
+def _stage_config(path: Path, stage: Stage, general: list[str], own: list[str], folder: Path) -> Config:
+    config = load_config(path, [*stage.defaults, *general, *stage.fixed, *own])
+    unused: dict[str, object] = {}
+    # A section that a stage does not use takes its defaults, so that tuning one stage leaves the others' results valid.
+    if not config.advanced.enable_moe:
+        unused["moe"] = MoEConfig()
+    if not config.advanced.enable_dre:
+        unused["dre"] = DREConfig()
+        unused["advanced"] = config.advanced.model_copy(update={"dre_warmup_steps": 0})
+    if not config.advanced.enable_rlhf:
+        unused["rlhf"] = RLHFConfig()
+    output = config.output.model_copy(update={"output_dir": str(folder / stage.name)})
+    return config.model_copy(update={"output": output, **unused})
+
+
+def _local_files(name: str) -> list[Path]:
+    """Files that a value of the config stands for: a file, a folder's files, or what a glob matches."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return [file for file in path.rglob("*") if file.is_file()]
+    if glob.has_magic(name):
+        return [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+    return []
