@@ -48,18 +48,16 @@ def main() -> None:
         UltrathinkError: A mistake of the user's, or a stop by a signal, anywhere in the run.
     """
     arguments = make_parser().parse_args()
-    from pipelines.start import run_workflow  # noqa: PLC0415 - ZenML takes seconds to import
-
     overrides = list(arguments.override)
     if arguments.output_dir:
         overrides.append(f"output.output_dir={arguments.output_dir}")
-    run_workflow(
-        arguments.workflow,
-        profile=arguments.profile,
-        config=arguments.config,
-        overrides=overrides,
-        stack=arguments.stack,
-    )
+    from ultrathink_model.workflow import plan_workflow  # noqa: PLC0415 - after --help
+
+    plan = plan_workflow(arguments.workflow, arguments.profile, arguments.config, overrides)
+    print(f"{plan.workflow}: {plan.reason}. Starting ZenML…", flush=True)
+    from pipelines.start import run_workflow  # noqa: PLC0415 - ZenML takes seconds to import
+
+    run_workflow(plan, arguments.profile, arguments.config, overrides, arguments.stack)
 
 
 def _describe_keys() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ultrathink_model.command_line import ArgumentParser, require_packages, run_and_exit
+from ultrathink_model.command_line import ArgumentParser, log_to_terminal, require_packages, run_and_exit
 
 
 def make_parser() -> ArgumentParser:
@@ -52,10 +52,12 @@ def main() -> None:
     if arguments.resume:
         overrides.append(f"training.resume={arguments.resume}")
     config = load_config(path, overrides)
-    from ultrathink_model.stage import run_stage  # noqa: PLC0415 - torch takes seconds to import
+    log_to_terminal(config.logging.log_level)
+    from ultrathink_model.stage import describe_results, run_stage  # noqa: PLC0415 - torch takes seconds to import
 
     init_from = Path(arguments.init_from) if arguments.init_from else None
     run_stage(config, init_from=init_from, run_name=arguments.run_name or Path(path).stem)
+    describe_results(config)
 
 
 def _describe_keys() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ultrathink_model.command_line import ArgumentParser, require_packages, run_and_exit
+from ultrathink_model.command_line import ArgumentParser, log_to_terminal, require_packages, run_and_exit
 
 # Where several sections have a key of one name, these have it plain (`--batch_size` is training's) and the others
 # with their section before it (`--evaluation_batch_size`).
@@ -42,11 +42,12 @@ def main() -> None:
         config = load_config(arguments.config, overrides)
     else:
         config = make_config({}, overrides, origin="train_ultrathink.py")
-    from ultrathink_model.stage import run_stage  # noqa: PLC0415 - torch takes seconds to import
+    log_to_terminal(config.logging.log_level)
+    from ultrathink_model.stage import describe_results, run_stage  # noqa: PLC0415 - torch takes seconds to import
 
-    run_stage(
-        config, init_from=Path(arguments.init_from) if arguments.init_from else None, run_name=arguments.run_name
-    )
+    init_from = Path(arguments.init_from) if arguments.init_from else None
+    run_stage(config, init_from=init_from, run_name=arguments.run_name)
+    describe_results(config)
 
 
 def _add_keys(parser: ArgumentParser) -> None:

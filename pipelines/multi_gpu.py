@@ -24,5 +24,5 @@ def multi_gpu_pipeline(profile: str | None = None, config: str | None = None, ov
     data = prepare_data(plan["prepare_data"], id="prepare_data")
     trained = pretrain(plan["pretrain"], data, id="pretrain")
     evaluation = evaluate(plan["evaluate_pretrain"], data, trained, id="evaluate_pretrain")
-    exported = export(plan["export"], trained, id="export")
+    exported = export(plan["export"], trained, evaluation, id="export")
     report(plan["report"], [trained], [evaluation], exported, id="report")

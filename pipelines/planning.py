@@ -32,7 +32,7 @@ def begin(workflow: str, profile: str | None, config: str | None, overrides: Seq
     """
     plan = plan_workflow(workflow, profile, config, overrides or ())
     _take_lock(plan)
-    print(plan.reason, flush=True)
+    print(f"{plan.workflow}: {plan.reason}; results go to {plan.folder}", flush=True)
     _close_abandoned_runs(plan)
     expire_stale_results(plan.steps)
     return plan

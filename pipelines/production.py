@@ -34,5 +34,5 @@ def production_pipeline(
         evaluate(plan["evaluate_advanced"], data, advanced, id="evaluate_advanced"),
         evaluate(plan["evaluate_rlhf"], data, aligned, id="evaluate_rlhf"),
     ]
-    exported = export(plan["export"], aligned, id="export")
+    exported = export(plan["export"], aligned, evaluations[-1], id="export")
     report(plan["report"], [baseline, advanced, aligned], evaluations, exported, id="report")

@@ -26,5 +26,5 @@ def prototype_pipeline(profile: str | None = None, config: str | None = None, ov
     data = prepare_data(plan["prepare_data"], id="prepare_data", after=["check"])
     trained = pretrain(plan["pretrain"], data, id="pretrain")
     evaluation = evaluate(plan["evaluate_pretrain"], data, trained, id="evaluate_pretrain")
-    exported = export(plan["export"], trained, id="export")
+    exported = export(plan["export"], trained, evaluation, id="export")
     report(plan["report"], [check, trained], [evaluation], exported, id="report")

@@ -17,7 +17,7 @@ from pipelines.multi_gpu import multi_gpu_pipeline
 from pipelines.production import production_pipeline
 from pipelines.prototype import prototype_pipeline
 from ultrathink_model.errors import EXIT_STOPPED_AFTER_SAVING, ConfigError, TrainingStoppedError, UltrathinkError
-from ultrathink_model.workflow import WorkflowPlan, plan_workflow
+from ultrathink_model.workflow import WorkflowPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,29 +32,28 @@ QUIET_LOGGERS = ("zenml.pipelines", "zenml.zen_stores", "zenml.config", "zenml.c
 
 
 def run_workflow(
-    workflow: str, profile: str | None, config: str | None, overrides: Sequence[str], stack: str | None = None
+    plan: WorkflowPlan, profile: str | None, config: str | None, overrides: Sequence[str], stack: str | None = None
 ) -> None:
     """Runs a workflow and says where its results are.
 
     Args:
-        workflow: `prototype`, `production` or `multi_gpu`.
+        plan: What `plan_workflow` makes of the arguments that follow.
         profile: As `plan_workflow` takes it.
         config: As `plan_workflow` takes it.
         overrides: As `plan_workflow` takes them.
         stack: Name of the ZenML stack to run on; None takes the active one.
 
     Raises:
-        UltrathinkError: What a step raised, or a mistake in the arguments.
+        UltrathinkError: What a step raised, or an unknown stack.
         TrainingStoppedError: A signal stopped the run.
     """
-    plan = plan_workflow(workflow, profile, config, overrides)
     # Without this ZenML takes a `.zen` folder in some parent folder for the root of the code.
     source_utils.set_custom_source_root(str(ROOT))
     quiet_zenml()
     if stack:
         _choose_stack(stack)
     try:
-        run = PIPELINES[workflow](profile=profile, config=config, overrides=list(overrides))
+        run = PIPELINES[plan.workflow](profile=profile, config=config, overrides=list(overrides))
     except RunInterruptedException:
         raise TrainingStoppedError("stopped by a signal; start the same command again to go on.") from None
     print(describe_results(plan, run), flush=True)

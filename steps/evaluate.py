@@ -22,8 +22,7 @@ def evaluate(
     print(f"{plan.title}: {stage.final_model}", flush=True)
     with parent_run(plan):
         result = evaluate_stage(plan.config, load_manifest(data.folder), stage.name)
-    for name, value in sorted(result.metrics.items()):
-        print(f"{plan.title}: {name} {value:.4f}", flush=True)
+    print(f"{plan.title}: {_summary(result.metrics)}", flush=True)
     return EvaluationReference(
         uri=stage.uri,
         files=RESULT_FILES,
@@ -31,4 +30,13 @@ def evaluate(
         name=stage.name,
         metrics=result.metrics,
         mlflow_run_id=stage.mlflow_run_id,
+    )
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    """The loss, and bits per byte beside those of the n-gram models."""
+    bits = {name.split("/")[1]: value for name, value in metrics.items() if name.endswith("/bits_per_byte")}
+    others = ", ".join(f"{name} {value:.3f}" for name, value in bits.items() if name != "validation")
+    return (
+        f"validation loss {metrics['eval/validation/loss']:.4f}, {bits['validation']:.3f} bits per byte ({others})"
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 from zenml import step
 
 from steps.caching import EXPORT
-from steps.references import ExportReference, StageReference, hash_files
+from steps.references import EvaluationReference, ExportReference, StageReference, hash_files
 from ultrathink_model.export.huggingface import export_model
 from ultrathink_model.workflow import StepPlan
 
@@ -14,8 +14,16 @@ FOLDER_NAME = "export"
 
 
 @step(cache_policy=EXPORT)
-def export(plan: StepPlan, stage: StageReference) -> Annotated[ExportReference, "export"]:
-    """Exports a stage's model as a Hugging Face folder that was loaded once in a clean process."""
+def export(
+    plan: StepPlan, stage: StageReference, evaluation: EvaluationReference
+) -> Annotated[ExportReference, "export"]:
+    """Exports a stage's model as a Hugging Face folder that was loaded once in a clean process.
+
+    Args:
+        plan: Names the workflow's folder, which the export goes into.
+        stage: The model.
+        evaluation: Its evaluation, which the model card tells of.
+    """
     folder = Path(plan.folder)
     print(f"{plan.title}: {folder / FOLDER_NAME}", flush=True)
     export_model(stage.final_model, folder / FOLDER_NAME)

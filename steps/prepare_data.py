@@ -16,11 +16,6 @@ def prepare_data(plan: StepPlan) -> Annotated[DataReference, "data"]:
     """Prepares the data of a stage's config, or finds them prepared."""
     print(f"{plan.title}: {plan.config.data.mix_datasets or plan.config.data.dataset}", flush=True)
     manifest = prepare(plan.config)
-    train, validation = manifest.splits["train"], manifest.splits["validation"]
-    print(
-        f"{plan.title}: {train.tokens:,} training and {validation.tokens:,} validation tokens in {manifest.path}",
-        flush=True,
-    )
     folder = manifest.path.resolve()
     return DataReference(
         uri=str(folder),

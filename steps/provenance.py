@@ -1,51 +1,65 @@
-"""What a stage's run was made from, kept in its folder, so that a new start knows whether to go on with it."""
+"""Which code made a stage's run, and what it came to, kept in its folder: may a new start go on with it?"""
 
 import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from steps.references import hash_files
 from ultrathink_model.config import Config, override_config
 from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
+from ultrathink_model.training.result import RESULT_FILE
 
 PROVENANCE_NAME = "provenance.json"
+MODEL_FOLDER = ("final_model",)
 
 
 class Provenance(BaseModel):
-    """What a run of a stage follows from, beside its config.
+    """The content of `provenance.json`.
 
     Attributes:
-        code: Hash of the package's code.
-        data: Fingerprint of the prepared data.
-        init_from: Hash of the model that it starts from.
-        ordered_at: When the run was ordered, in seconds since 1970; a run that began before is another one.
+        code: Hash of the package's code that the run was begun with.
+        ordered_at: When the run was ordered, in seconds since 1970; one that began before it is another run.
+        model: Hash of the finished run's model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     code: str
-    data: str
-    init_from: str | None
     ordered_at: float
+    model: str | None = None
 
 
-def settle_resume(config: Config, code: str, data: str, init_from: str | None) -> Config:
-    """The config with `training.resume: never` where the run in its folder must not be gone on with.
+def settle_resume(config: Config, code: str) -> Config:
+    """Decides what becomes of the run in a stage's folder, now that ZenML has no result of it that counts.
 
-    A run goes on when it started from the same data and model. A finished run must have come from the same code too:
-    ZenML has just decided that its result does not count. A run that was cut short goes on with changed code, because
-    mending what stopped it must not cost what it had done.
+    A run that was cut short is gone on with, also by changed code: mending what stopped it must not cost what was
+    done. A finished run stands if the same code made it and its model is untouched; where the model was touched it
+    is written again from the last checkpoint; where the code has changed the run is made anew.
+    (Other data, other first weights or another config make another run; training sees to that.)
+
+    Returns:
+        The config, with `training.resume: never` where the run is to be made anew.
     """
     folder = RunFolder(config.output.output_dir)
-    wanted = Provenance(code=code, data=data, init_from=init_from, ordered_at=time.time())
     known, record = _read(folder.path), folder.record()
-    began_as_ordered = known is not None and record is not None and record.started_at >= known.ordered_at
-    if known and record and began_as_ordered and (known.data, known.init_from) == (data, init_from):
-        if record.status != "finished" or known.code == code:
+    if known and record and record.started_at >= known.ordered_at:
+        if record.status != "finished":
+            return config
+        if known.code == code:
+            if known.model != hash_files(folder.path, MODEL_FOLDER):
+                (folder.path / RESULT_FILE).unlink(missing_ok=True)
             return config
     folder.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder.path / PROVENANCE_NAME, wanted.model_dump_json(indent=2) + "\n")
+    _write(folder.path, Provenance(code=code, ordered_at=time.time()))
     return override_config(config, ["training.resume=never"]) if record else config
+
+
+def note_result(folder: Path) -> None:
+    """Notes which model a run came to."""
+    known = _read(folder)
+    assert known is not None, "settle_resume comes first"
+    _write(folder, known.model_copy(update={"model": hash_files(folder, MODEL_FOLDER)}))
 
 
 def _read(folder: Path) -> Provenance | None:
@@ -53,3 +67,7 @@ def _read(folder: Path) -> Provenance | None:
         return Provenance.model_validate_json((folder / PROVENANCE_NAME).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
+
+
+def _write(folder: Path, provenance: Provenance) -> None:
+    write_atomically(folder / PROVENANCE_NAME, provenance.model_dump_json(indent=2) + "\n")

@@ -26,6 +26,8 @@ def report(
     page = write_report([stage.folder for stage in stages], folder / FILE_NAME, title)
     with parent_run(plan) as run_id:
         if run_id:
-            finish_parent_run(plan, run_id, evaluations[-1], [page, exported.folder / "export"])
+            last = evaluations[-1]
+            artifacts = [page, exported.folder / "export", last.folder / "config.yaml", last.folder / "evaluation.json"]
+            finish_parent_run(plan, run_id, last, artifacts)
     reference = ReportReference(uri=str(folder), files=(FILE_NAME,), sha256=hash_files(folder, (FILE_NAME,)))
     return reference, HTMLString(page.read_text(encoding="utf-8"))

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from steps.parent_run import parent_run
-from steps.provenance import settle_resume
+from steps.provenance import note_result, settle_resume
 from steps.references import DataReference, StageReference, hash_files
 from ultrathink_model.data.manifest import load_manifest
 from ultrathink_model.stage import run_stage
 from ultrathink_model.tracking.run_folder import RunFolder
+from ultrathink_model.training.run import StagePlace
 from ultrathink_model.workflow import StepPlan
 
 # What later steps read of a run's folder. `metrics.jsonl` is not among it: evaluation adds its line there.
@@ -23,21 +24,20 @@ def train_stage(plan: StepPlan, data: DataReference, code: str, initial: StageRe
         code: Hash of the code that trains it.
         initial: The stage whose model it starts from; None starts from a seed.
     """
-    config = settle_resume(plan.config, code, data.fingerprint, initial.sha256 if initial else None)
+    config = settle_resume(plan.config, code)
     with parent_run(plan, trains=True) as parent:
         result = run_stage(
             config,
             manifest=load_manifest(data.folder),
             init_from=initial.final_model if initial else None,
             run_name=plan.name,
-            parent_run_id=parent,
-            stage=plan.number,
-            stages=plan.of,
+            place=StagePlace(number=plan.number, of=plan.of, parent_run_id=parent),
             evaluate=False,
         )
     folder = RunFolder(Path(config.output.output_dir))
     record = folder.record()
     assert record is not None, "run_stage leaves run.json"
+    note_result(folder.path)
     return StageReference(
         uri=str(folder.path.resolve()),
         files=RESULT_FILES,

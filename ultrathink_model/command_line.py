@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib.util
+import logging
 import os
 import re
 import signal
@@ -76,6 +77,15 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
         print(f"{_rank_prefix()}interrupted; start the same command again to go on.", file=sys.stderr)
         raise SystemExit(EXIT_STOPPED_AFTER_SAVING) from None
     raise SystemExit(EXIT_OK)
+
+
+def log_to_terminal(level: str) -> None:
+    """Shows what the package logs on stderr, on the first rank alone; results and progress go to stdout."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("ultrathink_model")
+    logger.addHandler(handler)
+    logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -1,14 +1,16 @@
 """One stage of training, from a config to a run's folder: data, ranks, training or alignment, evaluation, report."""
 
-import logging
 import os
+import sys
+import threading
 from pathlib import Path
+
+import torch
 
 from ultrathink_model.alignment.align import align
 from ultrathink_model.config import Config
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.prepare import prepare_data
-from ultrathink_model.distributed.context import shutdown
 from ultrathink_model.distributed.launch import launch
 from ultrathink_model.evaluation.evaluate import evaluate_model
 from ultrathink_model.evaluation.result import EvaluationResult
@@ -18,9 +20,10 @@ from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
 from ultrathink_model.tracking.mlflow import MlflowRun
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.result import StageResult
-from ultrathink_model.training.run import train
+from ultrathink_model.training.run import StagePlace, train
 
-logger = logging.getLogger(__name__)
+UPLOAD_THREAD = "mlflow-upload"
+UPLOAD_SECONDS = 120.0
 
 
 def run_stage(
@@ -29,9 +32,7 @@ def run_stage(
     run_name: str,
     init_from: Path | None = None,
     manifest: DataManifest | None = None,
-    parent_run_id: str | None = None,
-    stage: int = 1,
-    stages: int = 1,
+    place: StagePlace = StagePlace(),  # noqa: B008 - frozen
     evaluate: bool = True,
 ) -> StageResult:
     """Trains, or aligns under `advanced.enable_rlhf`, and leaves the run's folder complete.
@@ -44,9 +45,7 @@ def run_stage(
         run_name: Name of the run; another name in the same folder is another run.
         init_from: A model folder to take the first weights from.
         manifest: Data that are prepared already; None prepares those of the config.
-        parent_run_id: MLflow run that this one is shown under.
-        stage: Number of the stage in a longer job, for the progress line.
-        stages: How many there are.
+        place: Where the stage stands in its pipeline, for the progress line and MLflow.
         evaluate: Whether to evaluate and to log the model to MLflow at the end, as a run of its own wants it.
 
     Raises:
@@ -58,14 +57,79 @@ def run_stage(
     if manifest is None:
         # Every rank asks for it; the first one on a machine prepares it, and the others wait for that one.
         manifest = prepare_data(config)
-    task = (config, manifest, init_from, run_name, parent_run_id, stage, stages)
-    result: StageResult = launch(_train_on_rank, task, config)
-    if os.environ.get("RANK", "0") != "0":
+    result: StageResult = launch(_train_on_rank, (config, manifest, init_from, run_name, place), config)
+    if not _is_first_rank():
         return result
     folder = RunFolder(config.output.output_dir)
     if evaluate:
         evaluate_stage(config, manifest, run_name)
-        _log_model(config, folder, run_name)
+        _upload(config, folder, run_name, [folder.final_model])
     else:
         write_report([folder.path], folder.report_file, run_name)
     return result
+
+
+def evaluate_stage(config: Config, manifest: DataManifest, run_name: str) -> EvaluationResult:
+    """Evaluates the model of a finished run and adds what it found to the run: its files, its report, MLflow.
+
+    Raises:
+        CheckpointError: The run's folder holds no model.
+        TokenizerError: The data were prepared with another tokenizer than the model's.
+    """
+    folder = RunFolder(config.output.output_dir)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = evaluate_model(folder.final_model, manifest, config, folder.path, device)
+    _note_metrics(folder, result)
+    write_report([folder.path], folder.report_file, run_name)
+    _upload(config, folder, run_name, [folder.evaluation_file, folder.report_file])
+    return result
+
+
+def describe_results(config: Config) -> None:
+    """Prints where a run's results are, on the first rank."""
+    if not _is_first_rank():
+        return
+    folder = RunFolder(config.output.output_dir)
+    rows = {"report": folder.report_file, "model": folder.final_model, "metrics": folder.metrics_file}
+    print(f"Done: {folder.path}")
+    for name, path in rows.items():
+        print(f"  {name:8}{path.resolve()}")
+    if config.logging.use_mlflow:
+        program = Path(sys.executable).parent / "mlflow"
+        print(f"  {'MLflow':8}{program} ui --backend-store-uri {config.logging.mlflow_tracking_uri}")
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _train_on_rank(
+    config: Config, manifest: DataManifest, init_from: Path | None, run_name: str, place: StagePlace
+) -> StageResult:
+    """What every rank does."""
+    run = align if config.advanced.enable_rlhf else train
+    return run(config, manifest=manifest, init_from=init_from, run_name=run_name, place=place)
+
+
+def _note_metrics(folder: RunFolder, result: EvaluationResult) -> None:
+    """Adds the evaluation to `metrics.jsonl`, on the run's last step, unless it stands there already."""
+    rows = read_metrics(folder.metrics_file)
+    if rows and result.metrics.items() <= rows[-1].items():
+        return
+    last = rows[-1] if rows else {"step": 0}
+    values = {"tokens": last["tokens"], **result.metrics} if "tokens" in last else result.metrics
+    MetricsWriter(folder.metrics_file).write(int(last["step"]), values)
+
+
+def _upload(config: Config, folder: RunFolder, run_name: str, paths: list[Path]) -> None:
+    """Brings the run in MLflow up to date with its folder, and adds these files."""
+    if not config.logging.use_mlflow:
+        return
+    # Training may have left its uploader at work on a slow store; two at once would send things twice.
+    for thread in threading.enumerate():
+        if thread.name == UPLOAD_THREAD:
+            thread.join(UPLOAD_SECONDS)
+    tracked = MlflowRun.start(config, run_name, folder)
+    for path in paths:
+        tracked.log_artifact(path)
+    tracked.finish(wait_seconds=UPLOAD_SECONDS)

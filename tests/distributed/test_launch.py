@@ -91,7 +91,7 @@ def test_ranks_exchange_return_and_print(distributed_config, capsys, monkeypatch
 
 def test_typed_error_of_a_rank_comes_out_as_it_was(distributed_config, capfd):
     started = time.monotonic()
-    with pytest.raises(CheckpointError, match="^rank 1 cannot read the checkpoint$"):
+    with pytest.raises(CheckpointError, match=r"^rank 1 cannot read the checkpoint$"):
         launch(launched.refuse_on_rank_1, (), distributed_config)
     assert time.monotonic() - started < 40
     assert "Traceback" not in "".join(capfd.readouterr())
@@ -139,7 +139,7 @@ def test_deepspeed_launcher_runs_ranks_and_passes_signals_and_errors_on(distribu
     pytest.importorskip("deepspeed")
     config = override_config(distributed_config, ["distributed.launcher=deepspeed"])
     assert launch(launched.exchange, (config, "given"), config)["total"] == 3.0
-    with pytest.raises(CheckpointError, match="^rank 1 cannot read the checkpoint$"):
+    with pytest.raises(CheckpointError, match=r"^rank 1 cannot read the checkpoint$"):
         launch(launched.refuse_on_rank_1, (), config)
     with pytest.raises(RankFailedError, match="rank 1 failed"):
         launch(launched.crash_on_rank_1, (), config)
@@ -154,7 +154,7 @@ def test_deepspeed_launcher_runs_ranks_and_passes_signals_and_errors_on(distribu
 def test_several_ranks_of_a_config_that_is_not_distributed_are_refused(tiny_config, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="4 ranks were started.*distributed.enabled=true"):
+    with pytest.raises(ConfigError, match=r"4 ranks were started.*distributed.enabled=true"):
         init_distributed(tiny_config)
 
 

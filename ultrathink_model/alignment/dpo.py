@@ -12,6 +12,7 @@ from ultrathink_model.alignment.experience import Terms
 from ultrathink_model.alignment.learner import Learner
 from ultrathink_model.alignment.objectives import preference_loss
 from ultrathink_model.alignment.pairs import TokenPair
+from ultrathink_model.alignment.precision import in_run_precision
 from ultrathink_model.alignment.rollout import Rollout
 from ultrathink_model.alignment.sequences import Forward, Sequences, make_sequences, response_states, token_logprobs
 from ultrathink_model.config import Config
@@ -70,9 +71,10 @@ class DPO:
             self._pad_id,
             self._context.device,
         )
+        reference = in_run_precision(self._reference.config, self._reference, self._context.device)
         size = self._rlhf.ppo_minibatch_size
         parts = [
-            response_logprobs(self._reference, sides.select(slice(start, start + size)), self._rlhf.temperature)
+            response_logprobs(reference, sides.select(slice(start, start + size)), self._rlhf.temperature)
             for start in range(0, len(sides), size)
         ]
         return PairRows(sides, torch.cat(parts))

@@ -1,5 +1,6 @@
 """A trunk and a small head on its states, updated together."""
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -7,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from ultrathink_model.alignment.precision import in_run_precision
 from ultrathink_model.alignment.sequences import Forward
 from ultrathink_model.config import Config
+from ultrathink_model.data.batch import Batch
 from ultrathink_model.distributed.context import RankContext, all_reduce_sum
 from ultrathink_model.distributed.state import load_optimizer_state, optimizer_state
 from ultrathink_model.distributed.strategy import make_strategy
@@ -45,14 +48,15 @@ class Learner:
         self._strategy = make_strategy(config, context)
         self._strategy.prepare(trunk, lambda module: _adamw(config, module, learning_rate))
         self._strategy.model.eval()
+        self.forward: Forward = in_run_precision(config, cast(Forward, self._strategy.model), context.device)
         self.head = None if head is None else head.to(context.device)
         self._head_optimizer = None if self.head is None else _adamw(config, self.head, head_learning_rate)
         self._rates = (learning_rate, head_learning_rate)
 
     @property
-    def forward(self) -> Forward:
-        """The trunk's forward, through the strategy."""
-        return cast(Forward, self._strategy.model)
+    def strategy_name(self) -> str:
+        """How the ranks share the trunk."""
+        return self._strategy.name
 
     @property
     def trunk(self) -> Transformer:
@@ -60,8 +64,50 @@ class Learner:
         return cast(Transformer, self._strategy.unwrapped)
 
     def backward(self, loss: Float[Tensor, ""], is_last: bool = True) -> None:
-        """Adds the gradient of a loss that is this rank's part of a sum over ranks."""
-        self._strategy.backward(loss * self._strategy.gradient_scale, is_last)
+        """Adds the gradient of a loss that is this rank's part of a sum over ranks.
+
+        Args:
+            loss: Made by `forward` and the head.
+            is_last: Whether a step follows; ranks exchange gradients only then.
+        """
+        # In evaluation mode tokens pass over blocks, and so do gradients; data-parallel wrappers wait for them all.
+        every_weight = sum(weight.sum() for weight in self.trunk.parameters() if weight.requires_grad)
+        self._strategy.backward((loss + 0 * every_weight) * self._strategy.gradient_scale, is_last)
+
+    def add_language_model_gradient(self, batches: Iterable[Batch], weight: float, step: int) -> int:
+        """Adds `weight` times the gradient of pretraining's objective, which the next step takes along (PPO-ptx).
+
+        The trunk is in training mode for it, and so routes and balances as in pretraining; what it counts takes
+        effect at `end_routing_step`, so that the round's probabilities stay those of one function.
+
+        Args:
+            batches: This rank's micro-batches of one step; from `TrainLoader`.
+            weight: `rlhf.ptx_weight`.
+            step: Optimizer step in pretraining's count, which the reasoning engine's annealing goes by.
+
+        Returns:
+            Tokens over all ranks.
+        """
+        batches = list(batches)
+        tokens = int(all_reduce_sum(torch.tensor(sum(batch.num_tokens for batch in batches))))
+        self.trunk.begin_step(step)
+        self._strategy.model.train()
+        for batch in (batch.to(self.context.device) for batch in batches):
+            output = self.forward(
+                batch.input_ids,
+                labels=batch.labels,
+                document_ids=batch.document_ids,
+                source_groups=batch.source_groups,
+            )
+            assert output.loss_sum is not None
+            objective = sum(output.aux_losses.values(), output.loss_sum)
+            self.backward(objective * (weight / max(1, tokens)), is_last=False)
+        self._strategy.model.eval()
+        return tokens
+
+    def end_routing_step(self) -> None:
+        """Lets loads and thresholds follow what training mode has counted."""
+        self.trunk.end_step(all_reduce_sum)
 
     def step(self) -> Float[Tensor, ""]:
         """Clips and moves the weights; a gradient that is not finite moves nothing.

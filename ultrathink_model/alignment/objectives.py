@@ -1,4 +1,4 @@
-"""The terms that the algorithms share: masked means, KL estimates, clipped losses and advantages.
+"""The terms that the algorithms share: whitening, KL estimates, clipped losses and advantages.
 
 All are per token, shape (batch, response), so that the caller sums them over ranks and divides by the global count.
 """
@@ -8,11 +8,6 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-
-def masked_mean(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Mean of the values where the mask is true; 0 where it is true nowhere."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(
@@ -115,9 +110,7 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
-def group_advantages(
-    scores: Float[Tensor, " batch"], group_size: int, scale: bool
-) -> Float[Tensor, " batch"]:
+def group_advantages(scores: Float[Tensor, " batch"], group_size: int, scale: bool) -> Float[Tensor, " batch"]:
     """Each response's score against the mean of its prompt's group, in the group's standard deviations if `scale`.
 
     Scaled, it is GRPO's (Shao et al. 2024, arXiv 2402.03300); unscaled, Dr. GRPO's, which does not favour prompts whose
@@ -135,8 +128,6 @@ def group_advantages(
     return centred.reshape(-1)
 
 
-def preference_loss(
-    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]
-) -> Float[Tensor, " pairs"]:
+def preference_loss(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
     """Bradley and Terry's -log σ(chosen - rejected) of each pair, in nats."""
     return -torch.nn.functional.logsigmoid(chosen - rejected)

@@ -58,8 +58,14 @@ def make_pairs(
         count = max(1, round(config.rlhf.holdout_fraction * len(pairs)))
         split = PairSplit(train=pairs[count:], held_out=pairs[:count])
     else:
-        train, held_out = load_preferences(config)
-        split = PairSplit(tokenize_pairs(train, tokenizer, config), tokenize_pairs(held_out, tokenizer, config))
+        recorded = load_preferences(
+            config.rlhf.preference_data, config.rlhf.holdout_fraction, config.data.max_quarantine_fraction
+        )
+        for row in recorded.quarantined:
+            logger.warning("rlhf.preference_data: a row is left out: %s", row)
+        split = PairSplit(
+            tokenize_pairs(recorded.train, tokenizer, config), tokenize_pairs(recorded.heldout, tokenizer, config)
+        )
     if not split.train or not split.held_out:
         raise DataError(
             f"{len(split.train)} preference pairs are left to learn from and {len(split.held_out)} to measure on, and "

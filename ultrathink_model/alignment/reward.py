@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ultrathink_model.alignment.precision import in_run_precision
 from ultrathink_model.alignment.sequences import Forward, Sequences
 from ultrathink_model.errors import CheckpointError, DataError
 from ultrathink_model.models.hf import load_model, save_model
@@ -75,7 +76,8 @@ class RewardModel:
         Raises:
             DataError: A score is not a finite number.
         """
-        scores = (raw_scores(self.trunk, self.head, sequences) - self.record.mean) / self.record.spread
+        forward = in_run_precision(self.trunk.config, self.trunk, sequences.tokens.device)
+        scores = (raw_scores(forward, self.head, sequences) - self.record.mean) / self.record.spread
         finite = torch.isfinite(scores)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,8 +17,9 @@ from ultrathink_model.alignment.reward import RewardHead, RewardModel, RewardRec
 from ultrathink_model.alignment.sequences import make_sequences
 from ultrathink_model.config import Config
 from ultrathink_model.distributed.context import RankContext, all_reduce_sum
-from ultrathink_model.errors import ConfigError, DataError
+from ultrathink_model.errors import DataError
 from ultrathink_model.models.transformer import Transformer
+from ultrathink_model.training.guard import TrainingDivergedError
 
 # Share of the steps over which the learning rate rises; it then falls in a straight line to zero.
 WARMUP = 0.1
@@ -45,7 +47,7 @@ class RewardTrainer:
             # No gradient reaches the output projection, and DDP would wait for it.
             trunk.head.requires_grad_(False)
         rate = rlhf.reward_learning_rate
-        self._head = RewardHead(config.model.hidden_size)
+        self._head = RewardHead(trunk.config.model.hidden_size)
         self._learner = Learner(config, context, trunk, self._head, rate, rate)
 
     def fit(self, split: PairSplit, after_step: Callable[[int, int, float], None]) -> RewardModel:
@@ -56,7 +58,7 @@ class RewardTrainer:
             after_step: Told the step, all steps and the mean loss of the step in nats.
 
         Raises:
-            ConfigError: The loss is no longer finite.
+            TrainingDivergedError: The loss is no longer finite.
             DataError: All scores are alike, so that nothing can be learnt from them.
         """
         rlhf = self._rlhf
@@ -79,8 +81,8 @@ class RewardTrainer:
         self._learner.backward(loss)
         norm = self._learner.step()
         total = float(all_reduce_sum(loss.detach()))
-        if not torch.isfinite(norm) or total != total:
-            raise ConfigError(
+        if not (torch.isfinite(norm) and math.isfinite(total)):
+            raise TrainingDivergedError(
                 f"the reward model's loss is {total:g} and its gradient's norm {float(norm):g}: it diverges under "
                 f"rlhf.reward_learning_rate={self._rlhf.reward_learning_rate:g}; lower it"
             )

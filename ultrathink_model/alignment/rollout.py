@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ultrathink_model.alignment.learner import Learner
 from ultrathink_model.alignment.objectives import exact_kl
+from ultrathink_model.alignment.precision import in_run_precision
 from ultrathink_model.alignment.reward import RewardModel
 from ultrathink_model.alignment.sequences import (
     Sequences,
@@ -97,11 +98,12 @@ def examine(
     Raises:
         DataError: A score is not a finite number.
     """
+    reference_forward = in_run_precision(reference.config, reference, sequences.tokens.device)
     parts = []
     for start in range(0, len(sequences), batch_size):
         rows = sequences.select(slice(start, start + batch_size))
         logits, hidden = response_states(learner.forward, rows, rlhf.temperature)
-        reference_logits, _ = response_states(reference, rows, rlhf.temperature)
+        reference_logits, _ = response_states(reference_forward, rows, rlhf.temperature)
         values = torch.zeros_like(hidden[..., 0]) if learner.head is None else learner.head(hidden)
         parts.append(
             (

@@ -40,6 +40,9 @@ class RLHFConfig(Section):
     policy_learning_rate: float | None = Field(
         None, gt=0, description="Learning rate of the policy; null takes `training.learning_rate`."
     )
+    value_learning_rate: float = Field(
+        1e-3, gt=0, description="Learning rate of the value head under `algorithm: ppo`."
+    )
     clip_range: float = Field(0.2, gt=0, lt=1, description="Bound on the policy's probability ratio.")
     value_clip_range: float = Field(0.2, gt=0, description="Bound on the change of a value estimate.")
     value_weight: float = Field(0.5, ge=0, description="Weight of the value loss.")

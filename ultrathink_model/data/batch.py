@@ -1,7 +1,7 @@
 """A batch of packed sequences."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,8 +37,13 @@ class Batch:
         return self._apply(lambda tensor: tensor.pin_memory())
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*[function(value) if isinstance(value, Tensor) else value for value in values])
+        return Batch(
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            document_ids=None if self.document_ids is None else function(self.document_ids),
+            source_groups=None if self.source_groups is None else function(self.source_groups),
+            num_tokens=self.num_tokens,
+        )
 
 
 def make_batch(rows: Sequence[Row], groups: Sequence[int]) -> Batch:

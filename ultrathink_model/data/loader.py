@@ -1,6 +1,7 @@
 """The loaders: batches of packed sequences in an order that no number of ranks or workers changes."""
 
 import functools
+import math
 from collections.abc import Iterator
 from itertools import count
 
@@ -183,7 +184,7 @@ class ValidationLoader:
         self.num_sequences = total if max_sequences is None else min(total, max_sequences)
 
     def __len__(self) -> int:
-        return -(-self.num_sequences // (self._batch_size * self._world_size))
+        return math.ceil(self.num_sequences / (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(len(self)):

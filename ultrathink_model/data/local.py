@@ -119,7 +119,7 @@ def find_files(name: str) -> list[LocalFile]:
         root, found = path, [file for file in path.rglob("*") if _is_visible(file.relative_to(path))]
     else:
         pattern = str(path)
-        found = [Path(match) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH207 - pathlib takes no absolute pattern
+        found = [Path(match) for match in glob.glob(pattern, recursive=True)]
         root = Path(re.split(r"[*?\[]", pattern, maxsplit=1)[0] or ".")
         root = root if root.is_dir() else root.parent
     files = [file for file in found if file.is_file()]

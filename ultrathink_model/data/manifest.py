@@ -12,7 +12,7 @@ from ultrathink_model.config.data import ExpertGroup
 from ultrathink_model.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 Split = Literal["train", "validation"]
 

@@ -45,11 +45,11 @@ def prepare_data(config: Config) -> DataManifest:
         TokenizerError: The tokenizer cannot be had or is larger than `model.vocab_size`.
         ConfigError: The mixture cannot be read.
     """
-    ingredients = _gather(config)
-    fingerprint = _fingerprint(config, ingredients)
     cache = Path(config.data.cache_dir)
-    folder = cache / fingerprint
     try:
+        ingredients = _gather(config)
+        fingerprint = _fingerprint(config, ingredients)
+        folder = cache / fingerprint
         if not (folder / MANIFEST_NAME).is_file():
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f".{fingerprint}.lock"):

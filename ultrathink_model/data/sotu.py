@@ -28,7 +28,7 @@ class SotuSource:
     def rows(self, split: Split) -> Iterator[Row]:
         """The speeches in order; each line of the packed file has `file`, `year`, `president`, `party` and `text`."""
         packed = resources.files("ultrathink_model.data") / CORPUS_FILE
-        with packed.open("rb") as raw, lzma.open(raw, "rt", encoding="utf-8", newline="\n") as lines:
+        with packed.open("rb") as raw, lzma.open(raw) as lines:
             for number, line in enumerate(lines, start=1):
                 speech = json.loads(line)
                 yield Row(speech["file"], number, speech["text"])

@@ -18,12 +18,25 @@ from ultrathink_model.data.sotu import SotuSource
 class Source(Protocol):
     """A set of documents that can be read again and again in the same order."""
 
-    name: str
-    licence: str
-    streaming: bool
-    """Whether rows come from afar as they are read, so that no more should be read than is used."""
-    has_validation: bool
-    """Whether the source brings a validation split of its own; if not, all its rows are in "train"."""
+    @property
+    def name(self) -> str:
+        """What the source is called in messages."""
+        ...
+
+    @property
+    def licence(self) -> str:
+        """The terms of its text."""
+        ...
+
+    @property
+    def streaming(self) -> bool:
+        """Whether rows come from afar as they are read, so that no more should be read than is used."""
+        ...
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether it brings a validation split of its own; if not, all its rows are in "train"."""
+        ...
 
     def identity(self) -> dict[str, object]:
         """Plain values that change when the documents would: what the fingerprint covers."""

@@ -1,15 +1,12 @@
 """The choice of the tokenizer that `data.tokenizer_name` stands for."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ultrathink_model.config import Config
 from ultrathink_model.data.intake import Intake
-from ultrathink_model.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.data.tokenizer_training import train_tokenizer
-from ultrathink_model.errors import TokenizerError
 
 logger = logging.getLogger(__name__)
 

@@ -54,8 +54,8 @@ def _convert(ranks: dict[bytes, int], special: dict[str, int], pattern: str) -> 
     backend = Backend(models.BPE(vocabulary | special, _merges(ranks, spelling), ignore_merges=True))
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
     ordered = sorted(special, key=special.__getitem__)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ordered])
     return backend

@@ -32,8 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"{len(SPECIAL_TOKENS)} special tokens need {least}; set model.vocab_size to {least} or more."
         )
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         show_progress=False,

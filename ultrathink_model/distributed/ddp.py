@@ -26,7 +26,7 @@ class DDPStrategy(SingleStrategy):
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         # Buffers change alike on all ranks, from counts that were summed over them.
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, self._sum_bucket)
         return wrapped
 

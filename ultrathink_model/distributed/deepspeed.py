@@ -1,8 +1,11 @@
 """DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and weights cut over the ranks."""
 
+import dataclasses
 import importlib.util
 import logging
+import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -159,6 +162,9 @@ class _Zero:
         """Makes the optimizer's state where no step has made it yet."""
         initialise_state(self.inner)
         if not self._is_sharded:
+            # DeepSpeed 0.19 links weights to their state after the step of the first group, when those of the other
+            # groups have none yet, and never again.
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def state_keys(self) -> list[str]:
@@ -211,13 +217,42 @@ def import_deepspeed() -> Any:
     On a CPU it would build an extension for exchanges in shared memory, for minutes and only where there is a
     compiler; gloo carries them as well.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it found no other
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed  # noqa: PLC0415 - see above
+        from deepspeed.runtime.zero import parameter_offload  # noqa: PLC0415
 
+    # It still calls exchanges by the names that torch 2.13 gave up, at every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    parameter_offload.apply_to_tensors_only = apply_to_tensors
     return deepspeed
+
+
+def apply_to_tensors(function: Callable[[Tensor], Tensor], value: Any, warning_msg_fn: Any = None) -> Any:
+    """The value with `function` applied to every tensor in it, dataclasses included.
+
+    ZeRO-3 gathers a module's weights for the backward pass by hooks on the tensors of its outputs. Its own function
+    does not look into dataclasses, which our modules return: a gradient that comes by an auxiliary loss would meet
+    weights that are not there.
+    """
+    if isinstance(value, Tensor):
+        touched = function(value)
+        if hasattr(value, "ds_id") and not hasattr(touched, "ds_id"):
+            touched.ds_param_alias = value  # type: ignore[attr-defined]
+        return touched
+    if isinstance(value, tuple | list):
+        parts = [apply_to_tensors(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {key: apply_to_tensors(function, part) for key, part in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts_by_name = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **apply_to_tensors(function, parts_by_name))
+    return value
 
 
 def _cut(whole: Tensor, mesh: DeviceMesh) -> DTensor:

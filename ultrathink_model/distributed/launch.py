@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,12 @@ from ultrathink_model.distributed.rank import die_with_parent
 die_with_parent()
 runpy.run_module("deepspeed.launcher.launch", run_name="__main__")
 """
+
+AGENT_LOGGERS = (
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.distributed.elastic.agent.server.api",
+    "torchelastic-events-null",
+)
 
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -81,7 +89,10 @@ def rank_count(config: Config) -> int:
 
 
 class Ending:
-    """What a launcher saw: a signal that this process was sent, or the ranks that died of one."""
+    """What a launcher saw: a signal that this process was sent, or the ranks that died of one, with its name.
+
+    Ranks that died of SIGTERM are not among them: the launcher ends the others so when one has failed.
+    """
 
     def __init__(self, received: signal.Signals | None = None, killed: dict[int, str] | None = None) -> None:
         self.received = received
@@ -114,7 +125,8 @@ def _start_with_torchrun(folder: Path, count: int) -> Ending:
         try:
             elastic_launch(launch_config, sys.executable)("-u", "-m", rank_process.__name__, str(folder))
         except ChildFailedError as error:
-            return Ending(killed={rank: f.signal_name() for rank, f in error.failures.items() if f.exitcode < 0})
+            died = {rank: f.signal_name() for rank, f in error.failures.items() if f.exitcode < 0}
+            return Ending(killed={rank: name for rank, name in died.items() if name != signal.SIGTERM.name})
         except SignalException as error:
             return Ending(received=error.sigval)
     return Ending()
@@ -186,14 +198,18 @@ def _restored_signals() -> Iterator[None]:
 
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """Silences what torchrun's agent logs about ranks that end: it is told better by the error that we raise."""
-    names = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
-    loggers = [logging.getLogger(name) for name in names]
+    """Silences what torchrun's agent logs about ranks that end: it is told better by the error that we raise.
+
+    It also never closes the files that it takes a rank's output through.
+    """
+    loggers = [logging.getLogger(name) for name in AGENT_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -210,8 +226,10 @@ def _raise_first_failure(left: dict[int, Outcome], count: int, ending: Ending) -
         raise _typed_error(refused[0])
     if ending.received is not None:
         raise TrainingStoppedError(stopped[0].message if stopped else _stopped_early(ending.received))
-    if ending.killed.keys() & set(silent) or (silent and not crashed):
-        raise DistributedError(_describe_killed(silent, ending.killed))
+    # A rank that the launcher killed at the end of its grace is not what began it.
+    crashed_long_ago = bool(crashed) and time.time() - crashed[0].time >= GRACE_SECONDS
+    if (ending.killed and not crashed_long_ago) or (silent and not crashed):
+        raise DistributedError(_describe_killed(ending.killed or dict.fromkeys(silent, "")))
     if crashed:
         raise RankFailedError(f"rank {crashed[0].rank} failed:\n{crashed[0].trace}")
     if stopped:
@@ -229,8 +247,8 @@ def _stopped_early(received: signal.Signals) -> str:
     )
 
 
-def _describe_killed(silent: list[int], killed: dict[int, str]) -> str:
-    ranks = ", ".join(f"rank {rank}{f' ({killed[rank]})' if rank in killed else ''}" for rank in silent)
+def _describe_killed(killed: dict[int, str]) -> str:
+    ranks = ", ".join(f"rank {rank}{f' ({name})' if name else ''}" for rank, name in sorted(killed.items()))
     return (
         f"{ranks} ended without a word, as processes do that the system kills, for want of memory for one. "
         "Start the same command again to go on from the last checkpoint; if it recurs, lower training.batch_size."

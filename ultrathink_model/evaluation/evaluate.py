@@ -25,7 +25,7 @@ def evaluate_model(
     manifest: DataManifest,
     config: Config,
     destination: Path | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> EvaluationResult:
     """Evaluates the model of a `final_model/` folder on the whole validation split.
 
@@ -34,7 +34,7 @@ def evaluate_model(
         manifest: The prepared data; it must have been made with the model's tokenizer.
         config: `evaluation` says how, `training.seed` what is drawn.
         destination: Folder that gets `evaluation.json`, replaced in one step; None writes nothing.
-        device: Where the model runs.
+        device: Where the model runs; None takes a GPU where there is one.
 
     Raises:
         CheckpointError: The folder holds no model.
@@ -46,6 +46,7 @@ def evaluate_model(
             f"{folder} has another tokenizer ({tokenizer.hash[:12]}…) than the data in {manifest.path} was prepared with "
             f"({manifest.tokenizer_hash[:12]}…); set data.tokenizer_name={folder} and prepare the data again."
         )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate(load_model(folder, device), tokenizer, manifest, config)
     if destination is not None:
         result.save(destination / EVALUATION_NAME)

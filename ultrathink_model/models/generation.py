@@ -103,7 +103,8 @@ def generation_steps(
     use_cache: bool = True,
 ) -> Iterator[NewTokens]:
     """The tokens of `generate` as they come, for a reader who does not want to wait; same arguments."""
-    assert temperature >= 0 and 0 < top_p <= 1, f"{temperature=} and {top_p=} are no distribution"
+    assert temperature >= 0, f"{temperature=} makes no distribution"
+    assert 0 < top_p <= 1, f"{top_p=} is no share of a distribution"
     active = torch.ones(prompts.shape[0], dtype=torch.bool, device=prompts.device)
     stops = torch.tensor(stop_token_ids, dtype=prompts.dtype, device=prompts.device)
     text = _GrowingText(model, prompts.shape[1] + max_new_tokens, use_cache)
@@ -165,7 +166,7 @@ class _GrowingText:
 
     def __init__(self, model: Transformer, capacity: int, use_cache: bool) -> None:
         self._model = model
-        self._cache = KVCache(model.config.model.num_layers, capacity) if use_cache else None
+        self._cache = KVCache(model.config, capacity) if use_cache else None
         self._tokens: Tensor | None = None
         self._valid: Tensor | None = None
 
@@ -175,6 +176,7 @@ class _GrowingText:
             output = self._model(
                 tokens, attention_mask=valid, cache=self._cache, start=self._cache.length, return_logits=False
             )
+            self._cache.length += tokens.shape[1]
         else:
             self._append(tokens, valid)
             output = self._model(self._tokens, attention_mask=self._valid, return_logits=False)

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ultrathink_model.models.precision import autocast_dtype
+
 IGNORED_LABEL = -100
 
 
@@ -46,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, z_loss_weight: float
     ) -> tuple[Tensor, Tensor]:
-        product_dtype = _autocast_dtype(hidden)
+        product_dtype = autocast_dtype(hidden)
         projection = weight.to(product_dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -89,8 +91,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _autocast_dtype(hidden: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype

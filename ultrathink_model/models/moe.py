@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from ultrathink_model.config import Config
 from ultrathink_model.models.attention import swiglu
 from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies
-from ultrathink_model.models.routing import Routing, autocast_dtype
+from ultrathink_model.models.precision import autocast_dtype
+from ultrathink_model.models.routing import Routing
 from ultrathink_model.models.tokens import Tokens
 
 NUM_SOURCE_GROUPS = 4
@@ -143,9 +144,11 @@ class MixtureOfExperts(nn.Module):
     ) -> dict[str, Tensor]:
         load = dispatch.ends.diff(prepend=dispatch.ends.new_zeros(1)).float()
         entropy = -(probabilities * log_probabilities).sum(dim=1)
+        real = torch.ones_like(entropy) if valid is None else valid.to(entropy.dtype)
         return {
             "moe/load": load,
-            "moe/entropy": (entropy if valid is None else entropy.where(valid, 0.0)).sum(),
+            "moe/tokens": real.sum(),
+            "moe/entropy": entropy @ real / math.log(max(self.num_experts, 2)),
             "moe/group_share": self._group_counts(experts, tokens),
             "moe/dropped": (dispatch.ends[-1] - kept.ends[-1]).float(),
         }
@@ -181,11 +184,13 @@ class MixtureOfExperts(nn.Module):
         if not mixtures:
             return {}
         load = torch.stack([counts["moe/load"] for counts in mixtures])
-        total = {name: sum(counts[name] for counts in mixtures) for name in ("moe/entropy", "moe/dropped")}
-        groups = torch.stack([counts["moe/group_share"] for counts in mixtures]).sum(dim=0)
+        tokens, entropy, dropped, groups = (
+            torch.stack([counts[name] for counts in mixtures]).sum(dim=0)
+            for name in ("moe/tokens", "moe/entropy", "moe/dropped", "moe/group_share")
+        )
         return {
             "moe/load": load / load.sum(dim=1, keepdim=True),
-            "moe/entropy": total["moe/entropy"] / load.sum() ,
-            "moe/dropped": total["moe/dropped"] / load.sum(),
+            "moe/entropy": entropy / tokens,
+            "moe/dropped": dropped / load.sum(),
             "moe/group_share": groups / groups.sum(dim=1, keepdim=True),
         }

@@ -1,28 +1,271 @@
-"""Dynamic Reasoning Engine."""
+"""Dynamic Reasoning Engine: a router gives each token as many passes of a block as it needs."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ultrathink_model.config import Config
+from ultrathink_model.config.model import ReasoningPath
 from ultrathink_model.models.attention import LayerCache
 from ultrathink_model.models.routing import Routing
 from ultrathink_model.models.tokens import Rotation, Tokens
 
 Residual = Callable[[Tensor, Tokens, Rotation, LayerCache | None], tuple[Tensor, Routing]]
 
+# The paths by their passes of the block: fast none, standard one, deep two, ultra_deep three.
+PATHS: tuple[ReasoningPath, ...] = ("fast", "standard", "deep", "ultra_deep")
+MAX_PASSES = len(PATHS) - 1
+
+# Sizes that the share of routed tokens takes while it is annealed: few, since each is compiled anew.
+ANNEALING_LEVELS = 6
+
 
 class DepthRouter(nn.Module):
+    """Mixture-of-Depths with further passes for the hardest tokens.
+
+    A linear router gives each token a logit. In training, the tokens of each row with the highest logits make a first
+    pass of the block, among themselves; of these the highest make a second, and of these a third. A pass changes the
+    state by `gate · residual(state)`, so that the router learns from the language loss: the first pass's gate is
+    `2 σ(logit)`, a further one's `tanh(strength) · 2 σ(logit)`. The router starts at zero and so do the strengths:
+    every first gate is 1 and every further one 0, which is the dense model. Keys and values are those of the first
+    pass; further passes read them again. Tokens that are passed over have none in this block.
+
+    Outside of training the choice may not depend on later tokens: a token makes the passes whose thresholds its logit
+    exceeds. The thresholds are the logits at which training's choices of the last step were cut off.
+
+    After Raposo et al. 2024 (Mixture-of-Depths, arXiv 2404.02258), with the shared keys of Bae et al. 2025
+    (Mixture-of-Recursions, arXiv 2507.10524). Theirs routes causally by a second predictor; ours by thresholds.
+    """
+
+    thresholds: Tensor
+
     def __init__(self, config: Config) -> None:
-        raise NotImplementedError
+        super().__init__()
+        dre = config.dre
+        self.router = nn.Linear(config.model.hidden_size, 1, bias=False)
+        self.strengths = nn.Parameter(torch.empty(MAX_PASSES - 1))
+        # Logit above which a token makes each pass.
+        self.register_buffer("thresholds", torch.empty(MAX_PASSES))
+        self.norm_eps = config.model.norm_eps
+        self.warmup_steps = config.advanced.dre_warmup_steps
+        self.final_shares: tuple[float, ...] = (dre.standard_share, dre.deep_share, dre.ultra_deep_share)
+        self.forced = dre.force_path is not None
+        if dre.force_path is not None:
+            passes = PATHS.index(dre.force_path)
+            self.final_shares = tuple(float(depth < passes) for depth in range(MAX_PASSES))
+        self.shares = self.final_shares
+        self.begin_step(0)
+
+    @torch.no_grad()
+    def initialise(self, _generator: torch.Generator, _spread: float, _residual_spread: float) -> None:
+        """The state that leaves the dense function as it is."""
+        self.router.weight.zero_()
+        self.strengths.zero_()
+        self.thresholds.copy_(torch.tensor([-math.inf, math.inf, math.inf]))
+
+    def begin_step(self, step: int) -> None:
+        """Sets the shares of tokens that make each pass: the first one's falls from 1 to its budget in warm-up."""
+        first, *further = self.final_shares
+        if not self.forced and step < self.warmup_steps:
+            progress = math.floor(ANNEALING_LEVELS * step / self.warmup_steps) / ANNEALING_LEVELS
+            first = 1 - (1 - first) * progress
+        self.shares = (first, *further)
 
     def forward(
-        self, residual: Residual, x: Tensor, tokens: Tokens, rotation: Rotation, cache: LayerCache | None
-    ) -> tuple[Tensor, Routing]: ...
-    def initialise(self, generator: torch.Generator, spread: float, residual_spread: float) -> None: ...
-    def begin_step(self, step: int) -> None: ...
-    def end_step(self, counts: dict[str, Tensor]) -> None: ...
+        self,
+        residual: Residual,
+        x: Float[Tensor, "batch seq hidden"],
+        tokens: Tokens,
+        rotation: Rotation,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
+        """Each token's state after its passes; in training also the tokens by pass and where the choice was cut off."""
+        logits = self.logits(x)
+        visit = _Visit(residual, rotation, _FirstPassKeys(cache), row_length=x.shape[1])
+        if not self.training:
+            return self._descend(0, visit, x, logits, tokens)
+        # Data-parallel wrappers wait for a gradient of every parameter, so each is on every path, be it with weight 0.
+        state, routing = self._descend(0, visit, x, logits + 0 * self.strengths.sum(), tokens)
+        if not any(self.shares):
+            first = tokens.select(torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device))
+            change, _ = residual(x[:, :1], first, rotation, None)
+            state = state + 0 * (change + logits[:, :1, None])
+        routing.counts["dre/tokens"] = _count(tokens, x)
+        return state, routing
+
+    def logits(self, x: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq"]:
+        """The router's logit of each token, from its normalised state, in float32 or finer."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            normed = F.rms_norm(x.to(exact), x.shape[-1:], eps=self.norm_eps)
+            return F.linear(normed, self.router.weight.to(exact)).squeeze(-1)
+
+    def _descend(
+        self, depth: int, visit: "_Visit", x: Tensor, logits: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, Routing]:
+        """The states after pass `depth` of the tokens that make it, and after whatever passes follow."""
+        if depth == MAX_PASSES:
+            return x, Routing()
+        choice = self._choose(depth, visit.row_length, logits, tokens)
+        if choice.index is None:
+            state, routing = self._pass(depth, visit, x, logits, tokens)
+        elif choice.index.shape[1] == 0:
+            state, routing = x, Routing()
+        else:
+            flat = (choice.index + _row_starts(logits)).flatten()
+            chosen = x.flatten(0, 1).index_select(0, flat).view(*choice.index.shape, -1)  # (batch, chosen, hidden)
+            visit.keys.select(choice.index, choice.tokens)
+            state, routing = self._pass(depth, visit, chosen, logits.gather(1, choice.index), choice.tokens)
+            if choice.padding is not None:
+                state = chosen.where(choice.padding.unsqueeze(-1), state)
+            state = x.flatten(0, 1).index_copy(0, flat, state.flatten(0, 1)).view_as(x)
+        return state, routing.merge(Routing(counts=choice.counts))
+
+    def _pass(self, depth: int, visit: "_Visit", x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
+        """Pass `depth` of all these tokens, and whatever passes follow."""
+        change, routing = visit.residual(x, tokens, visit.rotation, visit.keys)
+        gate = 2 * logits.sigmoid()
+        if depth > 0:
+            gate = gate * self.strengths[depth - 1].tanh()
+        state, deeper = self._descend(depth + 1, visit, x + gate.unsqueeze(-1).to(x.dtype) * change, logits, tokens)
+        return state, routing.merge(deeper)
+
+    def _choose(self, depth: int, row_length: int, logits: Tensor, tokens: Tokens) -> "_Choice":
+        if self.training:
+            return self._choose_share(depth, row_length, logits, tokens)
+        threshold = self.thresholds[depth]
+        if self.forced:
+            threshold = threshold.new_tensor(-math.inf if self.shares[depth] else math.inf)
+        wanted = logits > threshold
+        if wanted.all():
+            return _Choice(None, tokens)
+        if tokens.valid is not None:
+            wanted = wanted & tokens.valid
+        numbers = wanted.sum(dim=1, keepdim=True)
+        most = int(numbers.max())
+        index = wanted.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
+        valid = torch.arange(most, device=index.device) < numbers
+        return _Choice(index, replace(tokens.select(index), valid=valid), padding=~valid)
+
+    def _choose_share(self, depth: int, row_length: int, logits: Tensor, tokens: Tokens) -> "_Choice":
+        """The tokens of each row with the highest logits; as many as the share says, so that shapes are static."""
+        share = self.shares[depth]
+        number = min(max(round(share * row_length), 1), logits.shape[1]) if share else 0
+        counts = {}
+        if number == logits.shape[1]:
+            index, chosen = None, tokens
+        else:
+            ranked = logits.detach()
+            if tokens.valid is not None:
+                ranked = ranked.masked_fill(~tokens.valid, -math.inf)
+            highest = ranked.topk(number + 1, dim=1)
+            index = highest.indices[:, :number].sort(dim=1).values
+            chosen = tokens.select(index)
+            if number:
+                cut = highest.values[:, number - 1 :].mean(dim=1)
+                counts[f"dre/cut_rows/{depth}"] = cut.isfinite().sum().float()
+                counts[f"dre/cut/{depth}"] = cut.where(cut.isfinite(), 0.0).sum()
+        counts[f"dre/passes/{depth}"] = _count(chosen, logits[:, :number])
+        return _Choice(index, chosen, counts=counts)
+
+    @torch.no_grad()
+    def end_step(self, counts: dict[str, Tensor]) -> None:
+        """Sets each threshold to the mean logit at which the finished step's rows were cut off."""
+        for depth, share in enumerate(self.shares):
+            rows = counts.get(f"dre/cut_rows/{depth}")
+            if rows is not None:
+                mean = counts[f"dre/cut/{depth}"] / rows
+                self.thresholds[depth] = torch.where(rows > 0, mean, self.thresholds[depth])
+            elif f"dre/passes/{depth}" in counts:
+                self.thresholds[depth] = -math.inf if share else math.inf
+
     @staticmethod
     def statistics(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {}
+        """The counts of all routed blocks as shares.
+
+        Returns:
+            `dre/paths` (layers, 4): share of tokens on each path, fast to ultra-deep; `dre/compute` (): mean passes of
+            a routed block per token.
+        """
+        routed = [counts for counts in layers if "dre/tokens" in counts]
+        if not routed:
+            return {}
+        none = torch.zeros(())
+        reached = torch.stack(
+            [
+                torch.stack(
+                    [counts["dre/tokens"], *(counts.get(f"dre/passes/{d}", none) for d in range(MAX_PASSES)), none]
+                )
+                / counts["dre/tokens"]
+                for counts in routed
+            ]
+        )
+        return {"dre/paths": reached[:, :-1] - reached[:, 1:], "dre/compute": reached[:, 1:].sum(dim=1).mean()}
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """What stays the same over the passes of one call of a block."""
+
+    residual: Residual
+    rotation: Rotation
+    keys: "_FirstPassKeys"
+    row_length: int
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The tokens that make a pass: `index` into each row, in order, or None for all.
+
+    Rows with fewer chosen tokens than the longest are filled up with tokens that make no pass, the `padding`.
+    """
+
+    index: Int[Tensor, "batch chosen"] | None
+    tokens: Tokens
+    padding: Bool[Tensor, "batch chosen"] | None = None
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _FirstPassKeys:
+    """A cache whose first call goes to the block's own cache, if there is one, and whose later calls read it again."""
+
+    def __init__(self, cache: LayerCache | None) -> None:
+        self._cache = cache
+        self._first: tuple[Tensor, Tensor, Tokens] | None = None
+        self._mask: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of the first pass; see `LayerCache`."""
+        if self._first is None:
+            self._mask = tokens.self_mask
+            if self._cache is not None:
+                keys, values, self._mask = self._cache.append(keys, values, tokens)
+            self._first = keys, values, tokens
+        return *self._first[:2], self._mask
+
+    def select(self, index: Int[Tensor, "batch chosen"], tokens: Tokens) -> None:
+        """Narrows the tokens that look to those at `index`."""
+        if self._first is None:
+            return
+        if self._mask is None:
+            self._mask = tokens.mask_over(self._first[2])
+        else:
+            mask = self._mask.expand(index.shape[0], -1, -1, -1)
+            self._mask = mask.gather(2, index[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))
+
+
+def _count(tokens: Tokens, grid: Tensor) -> Tensor:
+    """How many of a (batch, seq) grid of tokens are no padding."""
+    if tokens.valid is None:
+        return torch.full((), float(grid.shape[0] * grid.shape[1]), device=grid.device)
+    return tokens.valid.sum().float()
+
+
+def _row_starts(grid: Tensor) -> Int[Tensor, "batch 1"]:
+    """Flat index at which each row of a (batch, seq) grid starts."""
+    return torch.arange(grid.shape[0], device=grid.device).unsqueeze(1) * grid.shape[1]

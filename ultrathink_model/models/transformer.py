@@ -1,5 +1,6 @@
 """The decoder: pre-norm blocks of attention and feed-forward, some with experts, some routed in depth."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -208,21 +209,24 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Transform
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
-    initialise(model, torch.Generator(device=device).manual_seed(config.training.seed))
+    initialise(model, config.training.seed)
     return model
 
 
 @torch.no_grad()
-def initialise(model: Transformer, generator: torch.Generator) -> None:
+def initialise(model: Transformer, seed: int) -> None:
     """Draws every weight: normal, with what writes to the residual stream scaled by `1 / sqrt(2 · layers)`.
 
-    Norms start at one, routers at what their own modules say. Draws come in the order of the modules, so the dense
-    weights of a model do not depend on the features that are on.
+    Norms start at one, experts and depth routers as their own modules say. A module's draws follow from the seed and
+    its name alone, so that the weights two models share are the same in both, whatever features are on.
     """
     model_config = model.config.model
     spread = model_config.initializer_range
     residual_spread = spread / (2 * model_config.num_layers) ** 0.5
-    for name, module in model.named_modules():
+    # Parents come last: what they say of their parts holds.
+    for name, module in reversed(list(model.named_modules())):
+        generator = torch.Generator(device=model.embedding.weight.device)
+        generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         if isinstance(module, nn.RMSNorm):
             module.weight.fill_(1.0)
         elif isinstance(module, nn.Embedding):

@@ -87,6 +87,9 @@ class WeightFiles(Mapping[str, Tensor]):
         tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 

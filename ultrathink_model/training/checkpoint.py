@@ -77,6 +77,7 @@ class CheckpointManifest(BaseModel):
     data_fingerprint: str
     strategy: str
     world_size: int
+    global_batch: int
     files: dict[str, FileRecord] = {}
     digest: str = ""
 
@@ -189,7 +190,12 @@ def newest_valid_checkpoint(checkpoints: Iterable[tuple[int, Path]]) -> tuple[Pa
 
 def keep_newest(checkpoints: Iterable[tuple[int, Path]], count: int) -> None:
     """Deletes all but the last `count` checkpoints; rank 0 alone calls it."""
-    for _, folder in sorted(checkpoints)[:-count]:
+    drop_checkpoints(sorted(checkpoints)[:-count])
+
+
+def drop_checkpoints(checkpoints: Iterable[tuple[int, Path]]) -> None:
+    """Deletes checkpoints; rank 0 alone calls it."""
+    for _, folder in checkpoints:
         _delete(folder)
 
 

@@ -47,6 +47,4 @@ def run_length(config: Config, manifest: DataManifest, loader: TrainLoader, worl
         train = manifest.splits["train"]
         tokens_per_step = global_batch * train.tokens / train.sequences
         planned = min(steps, max(1, round(training.max_tokens / tokens_per_step)))
-    return RunLength(
-        steps, planned, training.max_tokens, training.max_seconds, global_batch, loader.epoch_sequences
-    )
+    return RunLength(steps, planned, training.max_tokens, training.max_seconds, global_batch, loader.epoch_sequences)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ultrathink_model.config import Config
-from ultrathink_model.data import Batch, TrainLoader
+from ultrathink_model.data import Batch
 from ultrathink_model.distributed.context import all_reduce_sum
 from ultrathink_model.distributed.interface import Strategy
 from ultrathink_model.models.transformer import ModelOutput, Transformer
@@ -60,7 +60,7 @@ class Trainer:
         self,
         config: Config,
         strategy: Strategy,
-        loader: TrainLoader,
+        batches: Iterator[list[Batch]],
         length: RunLength,
         position: RunPosition,
         signals: StopSignals,
@@ -73,7 +73,7 @@ class Trainer:
         self.record: StepRecord | None = None
         needs_scale = config.training.use_amp and config.training.amp_dtype == "fp16"
         self.scaler = LossScaler(next(self.model.parameters()).device) if needs_scale else None
-        self._loader, self._signals = loader, signals
+        self._batches, self._signals = batches, signals
         self._paused = 0.0
 
     def fit(self) -> Ending:
@@ -84,17 +84,18 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_train_begin(self)
         ending: Ending = "finished"
-        for micro_batches in self._loader:
+        while not self.is_last_step:
+            micro_batches = next(self._batches)
             tokens, is_signalled, is_late = self._agree(micro_batches)
-            if is_signalled or is_late or self.is_last_step:
-                ending = "finished" if self.is_last_step or is_late else "stopped"
+            if is_signalled or is_late:
+                ending = "stopped" if is_signalled else "finished"
                 break
             self._train_step(micro_batches, tokens)
             for callback in self.callbacks:
                 callback.on_step_end(self)
         for callback in self.callbacks:
             callback.on_finish(self) if ending == "finished" else callback.on_stop(self)
-        return ending
+        return "stopped" if self.is_signalled() else ending
 
     def _train_step(self, micro_batches: list[Batch], tokens: int) -> None:
         step, training = self.position.step, self.config.training
@@ -162,6 +163,10 @@ class Trainer:
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
+
+    def is_signalled(self) -> bool:
+        """Whether any rank was told to stop; the same on all, which must all ask."""
+        return bool(all_reduce_sum(torch.tensor(self._signals.received is not None).long()))
 
     def _agree(self, micro_batches: list[Batch]) -> tuple[int, bool, bool]:
         """Tokens of the step over all ranks, and whether a signal or the clock ends the run on any of them."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ultrathink_model.config import Config
-from ultrathink_model.data import DataManifest, ValidationLoader
+from ultrathink_model.data import Batch, DataManifest, ValidationLoader
 from ultrathink_model.distributed.context import RankContext, all_reduce_sum
 from ultrathink_model.evaluation.perplexity import validation_loss
 from ultrathink_model.training.callbacks.callback import Callback
@@ -72,6 +73,15 @@ class EvaluationCallback(Callback):
         )
         with trainer.pause():
             trainer.strategy.model.eval()
-            result = validation_loss(trainer.forward, loader, context.device, all_reduce_sum)
+            result = validation_loss(trainer.forward, _until_signal(loader, trainer), context.device, all_reduce_sum)
             trainer.strategy.model.train()
-        self._metrics["val/loss"] = result.loss
+        if not trainer.is_signalled():
+            self._metrics["val/loss"] = result.loss
+
+
+def _until_signal(loader: ValidationLoader, trainer: Trainer) -> Iterator[Batch]:
+    """The loader's batches, up to the one before which a rank was told to stop; there is one at least."""
+    for number, batch in enumerate(loader):
+        if number and trainer.is_signalled():
+            return
+        yield batch

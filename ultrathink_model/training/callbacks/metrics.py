@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from ultrathink_model.distributed.context import all_reduce_sum
 from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.progress import Progress
 from ultrathink_model.training.callbacks.callback import Callback
+from ultrathink_model.training.callbacks.routing import routing_metrics
 
 if TYPE_CHECKING:
     from ultrathink_model.training.trainer import Trainer
-
-PATHS = ("fast", "standard", "deep", "ultra_deep")
 
 
 class MetricsCallback(Callback):
@@ -23,20 +23,24 @@ class MetricsCallback(Callback):
 
     Other callbacks that come before it put their figures into `extra`, which makes a line of any step. `train/loss`
     is that step's own mean over the global batch; speed is the mean since the line before.
+
+    Attributes:
+        extra: Figures of the step that other callbacks add.
+        writer: Where lines go; None on all ranks but the first.
+        progress: The terminal; None on all ranks but the first.
     """
 
-    def __init__(self, log_steps: int, writer: MetricsWriter | None, progress: Progress | None) -> None:
+    def __init__(self, log_steps: int) -> None:
         """Prepares the callback.
 
         Args:
             log_steps: Steps between lines.
-            writer: Where lines go; None on all ranks but the first.
-            progress: The terminal; None on all ranks but the first.
         """
         self.extra: dict[str, float] = {}
-        self.last: dict[str, float] = {}
+        self.writer: MetricsWriter | None = None
+        self.progress: Progress | None = None
+        self._last: dict[str, float] = {}
         self._log_steps = log_steps
-        self._writer, self._progress = writer, progress
         self._logged_step = 0
         self._logged_tokens = 0
         self._logged_clock = 0.0
@@ -54,8 +58,8 @@ class MetricsCallback(Callback):
         if not trainer.is_last_step:
             # The last step's line waits for the last evaluation.
             self._write(trainer)
-        if self._progress:
-            self._progress.update(step, self.last.get("train/loss"), self.last.get("train/tokens_per_second"))
+        if self.progress:
+            self.progress.update(step, self._last.get("train/loss"), self._last.get("train/tokens_per_second"))
 
     def on_finish(self, trainer: Trainer) -> None:
         """Writes the last line."""
@@ -71,13 +75,16 @@ class MetricsCallback(Callback):
         record = trainer.record
         assert record is not None
         assert record.gradient_norm is not None
-        names = ["loss", *(f"aux/{name}" for name in sorted(record.aux_sums))]
-        sums = [record.loss_sum, *(record.aux_sums[name] for name in sorted(record.aux_sums))]
+        aux_names = _names_of_all_ranks(record.aux_sums)
+        names = ["loss", *(f"aux/{name}" for name in aux_names)]
+        sums = [record.loss_sum, *(record.aux_sums.get(name, torch.zeros_like(record.loss_sum)) for name in aux_names)]
         totals = all_reduce_sum(torch.stack([value.double() for value in sums])).tolist()
         position = trainer.read_position()
         steps = position.step - self._logged_step
         seconds = max(1e-9, trainer.training_clock - self._logged_clock)
-        self.extra |= {f"train/{name}": total / max(1, record.tokens) for name, total in zip(names, totals, strict=True)}
+        self.extra |= {
+            f"train/{name}": total / max(1, record.tokens) for name, total in zip(names, totals, strict=True)
+        }
         self.extra |= {
             "train/learning_rate": record.learning_rate,
             "train/grad_norm": float(record.gradient_norm),
@@ -86,6 +93,7 @@ class MetricsCallback(Callback):
             "train/bad_steps": position.bad_steps,
         }
         self.extra |= routing_metrics(trainer.model.routing_statistics())
+        self._last = dict(self.extra)
         self._note_line(trainer)
 
     def _note_line(self, trainer: Trainer) -> None:
@@ -93,23 +101,15 @@ class MetricsCallback(Callback):
         self._logged_clock = trainer.training_clock
 
     def _write(self, trainer: Trainer) -> None:
-        if self.extra and self._writer:
-            self._writer.write(trainer.position.step, {"tokens": trainer.position.tokens, **self.extra})
-        self.last |= self.extra
+        if self.extra and self.writer:
+            self.writer.write(trainer.position.step, {"tokens": trainer.position.tokens, **self.extra})
         self.extra.clear()
 
 
-def routing_metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
-    """The figures of a step's routing that make curves; `routing.json` holds the tables.
-
-    Args:
-        statistics: What the model's `routing_statistics` returned.
-    """
-    metrics = {f"train/{name}": float(value) for name, value in statistics.items() if value.numel() == 1}
-    if "moe/load" in statistics:
-        load = statistics["moe/load"]  # (mixture layers, experts)
-        metrics["train/moe/max_load"] = float(load.max()) * load.shape[-1]
-    if "dre/paths" in statistics:
-        shares = statistics["dre/paths"].mean(dim=0)  # (paths,)
-        metrics |= {f"train/dre/path/{path}": float(share) for path, share in zip(PATHS, shares, strict=True)}
-    return metrics
+def _names_of_all_ranks(names: Iterable[str]) -> list[str]:
+    """The names that any rank has: a loss on tagged sources is only where there are such."""
+    if not dist.is_initialized():
+        return sorted(names)
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, list(names))
+    return sorted(set().union(*gathered))

@@ -62,6 +62,7 @@ class SavingCallback(Callback):
                 data_fingerprint=self._manifest.fingerprint,
                 strategy=trainer.strategy.name,
                 world_size=self._context.world_size,
+                global_batch=trainer.length.global_batch,
             )
             save_checkpoint(
                 self._folder.checkpoint(step), saved_tensors(trainer), generator_state(self._context.device), manifest

@@ -1,0 +1,226 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import losses
+from torch.nn import functional as F
+
+from ultrathink_model.config import load_config
+from ultrathink_model.data import TrainLoader, ValidationLoader
+from ultrathink_model.models.hf import load_model
+from ultrathink_model.models.transformer import build_model
+from ultrathink_model.training.guard import TrainingDivergedError
+from ultrathink_model.training.result import load_result
+
+
+def test_train_loss_is_the_mean_cross_entropy_of_the_steps_batch(train_tiny, manifest):
+    result, rows = train_tiny("training.max_steps=1", "training.gradient_accumulation_steps=3")
+    config = load_config(f"{result.output_dir}/config.yaml")
+    model = build_model(config)
+    batches = next(iter(TrainLoader(manifest, config)))
+    total = sum(
+        F.cross_entropy(
+            model(b.input_ids, document_ids=b.document_ids).logits.flatten(0, 1), b.labels.flatten(), reduction="sum"
+        )
+        for b in batches
+    )
+    tokens = sum(int((b.labels != -100).sum()) for b in batches)
+    assert len(batches) == 3
+    assert rows[0]["tokens"] == tokens == result.tokens
+    # Two orders of summation in fp32.
+    assert rows[0]["train/loss"] == pytest.approx(float(total) / tokens, abs=2e-6)
+
+
+def test_final_val_loss_is_that_of_the_final_model_on_the_whole_split(train_tiny, manifest):
+    result, rows = train_tiny()
+    config = load_config(f"{result.output_dir}/config.yaml")
+    model = load_model(result.final_model).eval()
+    nats = tokens = 0.0
+    with torch.no_grad():
+        for batch in ValidationLoader(manifest, config):
+            nats += float(model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids).loss_sum)
+            tokens += batch.num_tokens
+    assert tokens == manifest.splits["validation"].tokens
+    assert rows[-1]["val/loss"] == result.metrics["val/loss"] == pytest.approx(nats / tokens, abs=1e-5)
+
+
+def test_cutting_the_global_batch_into_micro_batches_changes_no_loss(train_tiny):
+    curves = [
+        losses(
+            train_tiny(
+                f"training.batch_size={size}", f"training.gradient_accumulation_steps={count}", folder=str(size)
+            )[1]
+        )
+        for size, count in ((8, 1), (4, 2), (2, 4))
+    ]
+    # fp32 sums in another order; six steps of AdamW at this rate keep that within the design's 1e-6.
+    assert curves[1] == pytest.approx(curves[0], abs=1e-6)
+    assert curves[2] == pytest.approx(curves[0], abs=1e-6)
+
+
+def test_global_batch_size_sets_the_accumulation(train_tiny):
+    whole = losses(train_tiny("training.batch_size=8", folder="whole")[1])
+    parts = losses(train_tiny("training.batch_size=2", "training.global_batch_size=8", folder="parts")[1])
+    assert parts == pytest.approx(whole, abs=1e-6)
+
+
+def test_a_line_holds_the_contracts_metrics(train_tiny):
+    result, rows = train_tiny("logging.log_steps=4")
+    assert [row["step"] for row in rows] == [1, 4, 6]
+    for row in rows:
+        assert row.keys() >= {
+            "step", "tokens", "train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second",
+            "train/step_seconds", "train/bad_steps",
+        }  # fmt: skip
+    assert "val/loss" in rows[-1]
+    assert result.metrics["train/loss"] == rows[-1]["train/loss"]
+    assert result == load_result(Path(result.output_dir))
+
+
+def test_the_run_folder_holds_what_the_contract_says(train_tiny, tmp_path):
+    train_tiny()
+    run = tmp_path / "run"
+    names = {entry.name for entry in run.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "training.log",
+        "metrics.jsonl",
+        "checkpoint_00000006.pt",
+        "final_model",
+        "result.json",
+    }
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert "wrote" in (run / "training.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (("training.max_steps=3",), 3),
+        # 4 sequences a step: 10 samples are 2.5 steps an epoch, and the run ends with the step that holds the end.
+        (("training.max_steps=null", "data.train_samples=10"), 3),
+        (("training.max_steps=null", "data.train_samples=10", "training.num_epochs=2"), 5),
+        (("training.max_steps=null", "training.max_tokens=300"), 3),
+        (("training.max_steps=2", "training.max_tokens=300", "training.num_epochs=9"), 2),
+    ],
+)
+def test_each_bound_ends_the_run_and_the_first_one_counts(train_tiny, overrides, steps):
+    result, rows = train_tiny(*overrides)
+    assert result.steps == rows[-1]["step"] == steps
+    assert "val/loss" in rows[-1]
+    assert rows[-1]["train/learning_rate"] == pytest.approx(1e-3)  # the schedule ends with the run
+
+
+def test_max_seconds_ends_the_run(train_tiny):
+    result, rows = train_tiny("training.max_steps=1000", "training.max_seconds=0.5")
+    assert 0 < result.steps < 1000
+    assert "val/loss" in rows[-1]
+    assert result.final_model
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(train_tiny, tmp_path):
+    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row up to step \d+ .*max_bad_steps=2"):
+        train_tiny(
+            "training.learning_rate=1.0e+38",
+            "training.warmup_steps=0",
+            "training.max_bad_steps=2",
+            "training.max_steps=50",
+            "training.weight_decay=0",
+        )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["train/bad_steps"] for row in rows) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_fp16_skips_overflows_of_its_scale_and_then_learns(train_tiny):
+    _, rows = train_tiny(
+        "training.use_amp=true", "training.amp_dtype=fp16", "training.max_steps=30", "training.max_bad_steps=30"
+    )
+    plain = losses(train_tiny("training.max_steps=30", folder="plain")[1])
+    assert losses(rows)[-1] == pytest.approx(plain[-1], abs=0.2)
+    assert losses(rows)[-1] < losses(rows)[0] - 0.3
+
+
+def test_bf16_follows_fp32_closely(train_tiny):
+    plain = losses(train_tiny(folder="plain")[1])
+    mixed = losses(train_tiny("training.use_amp=true", folder="mixed")[1])
+    assert mixed != plain
+    # 8 bits of mantissa: about 0.4 % a product, of losses near 5.7.
+    assert mixed == pytest.approx(plain, abs=0.05)
+
+
+def test_validation_comes_by_steps_epochs_and_at_the_end(train_tiny):
+    def validated(*overrides: str) -> list[float]:
+        rows = train_tiny(
+            "training.max_steps=null",
+            "data.train_samples=12",
+            "training.num_epochs=4",
+            "training.resume=never",
+            *overrides,
+        )[1]
+        return [row["step"] for row in rows if "val/loss" in row]
+
+    assert validated() == [3, 6, 9, 12]
+    assert validated("evaluation.eval_frequency=2") == [6, 12]
+    assert validated("evaluation.eval_frequency=9", "evaluation.eval_steps=5") == [5, 10, 12]
+
+
+def test_eval_samples_bound_the_validations_on_the_way_only(train_tiny):
+    few = train_tiny("evaluation.eval_steps=3", "evaluation.eval_samples=2", folder="few")[1]
+    many = train_tiny("evaluation.eval_steps=3", "evaluation.eval_samples=8", folder="many")[1]
+    assert few[2]["val/loss"] != many[2]["val/loss"]
+    assert few[-1]["val/loss"] == many[-1]["val/loss"]
+
+
+def test_checkpoints_come_by_steps_or_epochs_and_the_newest_are_kept(train_tiny, tmp_path):
+    def saved(*overrides: str) -> list[int]:
+        train_tiny(
+            "training.max_steps=null",
+            "data.train_samples=12",
+            "training.num_epochs=4",
+            "training.resume=never",
+            *overrides,
+        )
+        return sorted(int(path.name[11:19]) for path in (tmp_path / "run").glob("checkpoint_*.pt"))
+
+    assert saved() == [9, 12]
+    assert saved("training.keep_checkpoints=9") == [3, 6, 9, 12]
+    assert saved("training.keep_checkpoints=9", "training.checkpoint_steps=5") == [3, 5, 6, 9, 10, 12]
+    assert saved("training.keep_checkpoints=9", "training.checkpoint_steps=5", "evaluation.eval_frequency=9") == [
+        5,
+        10,
+        12,
+    ]
+
+
+def test_a_run_from_a_model_begins_where_that_model_ended(train_tiny):
+    first, _ = train_tiny("training.max_steps=12", folder="first")
+    _, rows = train_tiny(folder="second", init_from=Path(first.final_model))
+    assert rows[0]["step"] == 0
+    assert rows[0]["val/loss"] == pytest.approx(first.metrics["val/loss"], abs=1e-5)
+    assert rows[0]["val/loss"] > rows[-1]["val/loss"]
+
+
+def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):
+    _, rows = train_tiny("advanced.enable_moe=true", "advanced.enable_dre=true", "moe.layer_frequency=2")
+    assert rows[-1].keys() >= {
+        "train/aux/moe/load_balance", "train/aux/moe/router_z", "train/moe/entropy", "train/moe/dropped",
+        "train/moe/max_load", "train/dre/compute", "train/dre/path/fast", "train/dre/path/ultra_deep",
+    }  # fmt: skip
+    tables = json.loads((tmp_path / "run" / "routing.json").read_text())
+    assert [len(row) for row in tables["moe/load"]] == [8]
+    assert sum(tables["moe/load"][0]) == pytest.approx(1)
+    assert tables["groups"] == {"knowledge": 4, "skill": 2, "meta": 1, "safety": 1}
+    assert math.isclose(
+        sum(rows[-1][f"train/dre/path/{path}"] for path in ("fast", "standard", "deep", "ultra_deep")), 1, abs_tol=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_eager_losses(train_tiny):
+    eager = losses(train_tiny(folder="eager")[1])
+    compiled = losses(train_tiny("training.compile=true", folder="compiled")[1])
+    # Fused kernels round in other places.
+    assert compiled == pytest.approx(eager, abs=1e-5)

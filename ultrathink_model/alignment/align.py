@@ -1,0 +1,231 @@
+"""The alignment stage: preference pairs, a reward model, and a policy that learns from them."""
+
+import contextlib
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ultrathink_model.alignment.dpo import DPO
+from ultrathink_model.alignment.draws import HEADS, make_generator
+from ultrathink_model.alignment.experience import Algorithm
+from ultrathink_model.alignment.grpo import GRPO
+from ultrathink_model.alignment.learner import Learner
+from ultrathink_model.alignment.pairs import PairSplit, load_pairs, make_pairs, save_pairs
+from ultrathink_model.alignment.policy_run import Players, PolicyRun
+from ultrathink_model.alignment.ppo import PPO, ValueHead
+from ultrathink_model.alignment.reward import RewardModel, load_reward_model, save_reward_model
+from ultrathink_model.alignment.reward_training import RewardTrainer
+from ultrathink_model.alignment.rounds import Stage, improve, measured_line
+from ultrathink_model.alignment.samples import held_out_samples
+from ultrathink_model.alignment.starting_model import (
+    aligned_config,
+    check_alignment,
+    first_routing_step,
+    starting_model,
+)
+from ultrathink_model.config import Config
+from ultrathink_model.data.batch import Batch
+from ultrathink_model.data.loader import ValidationLoader
+from ultrathink_model.data.manifest import DataManifest
+from ultrathink_model.data.tokenizer import Tokenizer
+from ultrathink_model.distributed.context import RankContext, all_reduce_sum, init_distributed
+from ultrathink_model.evaluation.perplexity import validation_loss
+from ultrathink_model.models.hf import save_model
+from ultrathink_model.models.transformer import ModelOutput, Transformer
+from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
+from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
+from ultrathink_model.training.result import StageResult
+from ultrathink_model.training.resume import ResumePoint, claim_folder, resume_point
+from ultrathink_model.training.rng import repeatable_kernels, seed_generators
+from ultrathink_model.training.run import ALONE, StagePlace, _mlflow, _noted_ending, on_main
+from ultrathink_model.training.signals import StopSignals
+
+PAIRS_FILE = "pairs.jsonl"
+REWARD_MODEL = "reward_model"
+
+logger = logging.getLogger(__name__)
+
+
+def align(
+    config: Config, *, manifest: DataManifest, run_name: str, init_from: Path | None, place: StagePlace = ALONE
+) -> StageResult:
+    """Aligns a trained model to its end; every rank calls it.
+
+    The same call again goes on from the newest whole checkpoint, with the pairs and the reward model that the folder
+    holds, and returns the result at once where the run is finished (`training.resume: auto`).
+
+    Args:
+        config: The run; its architecture gives way to that of the model.
+        manifest: Prepared data, with the model's tokenizer.
+        run_name: Its name, in MLflow too.
+        init_from: The model folder that the policy starts from, and that stays its reference.
+        place: Where the stage stands in its pipeline.
+
+    Returns:
+        The result, on every rank.
+
+    Raises:
+        TrainingStoppedError: A signal came; the state is saved.
+        UltrathinkError: A mistake that the user can mend, in the config, the data, a checkpoint or the loss.
+    """
+    context = init_distributed(config)
+    config = aligned_config(config, init_from)
+    assert init_from is not None, "aligned_config refuses None"
+    check_alignment(config, manifest, init_from, context)
+    folder = RunFolder(config.output.output_dir)
+    rollouts = config.rlhf.ppo_batch_size * config.rlhf.rlhf_steps_per_iteration
+    with StopSignals() as signals, repeatable_kernels(config.training.deterministic):
+        claim = on_main(context, lambda: claim_folder(config, manifest, folder, run_name, init_from, rollouts))
+        if claim.result is not None:
+            logger.info("%s is finished already, after %d rounds", run_name, claim.result.steps)
+            return claim.result
+        if context.is_main and not claim.goes_on:
+            _forget_other_runs(folder)
+        with _noted_ending(config, context, folder):
+            point = on_main(context, lambda: resume_point(claim, config, manifest, folder, rollouts))
+            tokenizer = Tokenizer.load(manifest.tokenizer_folder)
+            stage = Stage(config, context, manifest, tokenizer, folder, run_name, signals)
+            with _mlflow(config, folder, run_name, place) if context.is_main else contextlib.nullcontext():
+                run = _prepare(stage, init_from, point)
+                improve(stage, run, place)
+                return _finish(stage, run)
+
+
+def _forget_other_runs(folder: RunFolder) -> None:
+    """Deletes the pairs and the reward model of another run, which this one must not take for its own."""
+    (folder.path / PAIRS_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder.path / REWARD_MODEL, ignore_errors=True)
+
+
+def _prepare(stage: Stage, init_from: Path, point: ResumePoint | None) -> PolicyRun:
+    """The run at its first round or after a checkpoint; pairs and reward model are made where they are missing."""
+    config, context = stage.config, stage.context
+    seed_generators(config.training.seed, context.rank)
+    policy = starting_model(config, init_from).to(context.device)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    pairs = _pairs(stage, policy)
+    reward_model = _reward_model(stage, policy, pairs)
+    players = Players(reference, reward_model, pairs)
+    algorithm, head = make_algorithm(config, context, players, stage.manifest)
+    rate = config.rlhf.policy_learning_rate or config.training.learning_rate
+    learner = Learner(config, context, policy, head, rate, config.rlhf.value_learning_rate)
+    run = PolicyRun(config, context, stage.manifest, learner, algorithm, players, first_routing_step(config, init_from))
+    if point is not None:
+        run.restore(point.folder, point.manifest.position)
+    return run
+
+
+def make_algorithm(
+    config: Config, context: RankContext, players: Players, manifest: DataManifest
+) -> tuple[Algorithm[Any], ValueHead | None]:
+    """What `rlhf.algorithm` names, with a value head where it needs one."""
+    rlhf = config.rlhf
+    if rlhf.algorithm == "dpo":
+        return DPO(config, players.pairs.train, players.reference, manifest.pad_id, context), None
+    if rlhf.algorithm == "grpo":
+        return GRPO(rlhf), None
+    return PPO(rlhf), ValueHead(config.model.hidden_size, make_generator(config.training.seed, HEADS))
+
+
+def _pairs(stage: Stage, policy: Transformer) -> PairSplit:
+    """The pairs of the run's folder; made, and kept there, where it has none."""
+    path = stage.folder.path / PAIRS_FILE
+    if not on_main(stage.context, path.exists):
+        pairs = make_pairs(stage.config, stage.manifest, stage.tokenizer, policy, stage.context)
+        on_main(stage.context, lambda: save_pairs(pairs, stage.tokenizer, path))
+    stage.stop_if_asked("after its preference pairs were saved")
+    pairs = load_pairs(path)
+    logger.info("%d preference pairs to learn from, %d held out", len(pairs.train), len(pairs.held_out))
+    return pairs
+
+
+def _reward_model(stage: Stage, policy: Transformer, pairs: PairSplit) -> RewardModel:
+    """The reward model of the run's folder; trained, and kept there, where it has none."""
+    path = stage.folder.path / REWARD_MODEL
+    if not on_main(stage.context, path.exists):
+        model = RewardTrainer(stage.config, policy, stage.manifest.pad_id, stage.context).fit(
+            pairs, _reward_progress(stage)
+        )
+        on_main(stage.context, lambda: save_reward_model(model, stage.manifest.tokenizer_folder, path))
+        stage.stop_if_asked("after its reward model was saved")
+    return load_reward_model(path, stage.context.device)
+
+
+def _reward_progress(stage: Stage) -> Callable[[int, int, float], None]:
+    def after_step(step: int, steps: int, loss: float) -> None:
+        stage.stop_if_asked("while its reward model was trained, which begins anew; the pairs are saved")
+        if stage.context.is_main and (step % stage.config.logging.log_steps == 0 or step == steps):
+            logger.info("reward model: step %d/%d, loss %.4f", step, steps, loss)
+
+    return after_step
+
+
+def _validation_loss(stage: Stage, run: PolicyRun) -> float:
+    """Loss on the whole validation split, as training's last."""
+    context = stage.context
+    loader = ValidationLoader(stage.manifest, stage.config, rank=context.rank, world_size=context.world_size)
+
+    def forward(batch: Batch) -> ModelOutput:
+        return run.learner.forward(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)
+
+    return validation_loss(forward, loader, context.device, all_reduce_sum).loss
+
+
+def _write_result(stage: Stage, run: PolicyRun) -> StageResult:
+    last: dict[str, float] = {}
+    for row in read_metrics(stage.folder.metrics_file):
+        last |= row
+    record = stage.folder.record()
+    result = StageResult(
+        name=stage.run_name,
+        output_dir=str(stage.folder.path.resolve()),
+        final_model=str(stage.folder.final_model.resolve()),
+        steps=run.position.step,
+        tokens=run.position.tokens,
+        metrics={name: value for name, value in last.items() if "/" in name},
+        mlflow_run_id=record.mlflow_run_id if record else None,
+        data_manifest=str(stage.manifest.path),
+    )
+    result.save()
+    stage.folder.set_status("finished")
+    return result
+
+
+def _finish(stage: Stage, run: PolicyRun) -> StageResult:
+    """Keeps the last policy under the KL bound, measures it and writes it out."""
+    config, context, rlhf = stage.config, stage.context, stage.config.rlhf
+    _, measure = run.draw()
+    if measure.kl > rlhf.target_kl:
+        logger.warning(
+            "after %d rounds the KL of %.2f nats passes rlhf.target_kl=%g; the policy of %d rounds is kept",
+            run.position.step,
+            measure.kl,
+            rlhf.target_kl,
+            run.accepted_round,
+        )
+        run.return_to_accepted()
+        measure = run.accepted_measure
+    loss = _validation_loss(stage, run)
+
+    def write() -> StageResult:
+        samples = held_out_samples(config, stage.manifest, stage.tokenizer, run.players, run.learner.trunk)
+        line = {
+            **measured_line(measure),
+            "rlhf/heldout_reward": samples.reward_after,
+            "rlhf/heldout_reward_before": samples.reward_before,
+            "rlhf/accepted_round": run.accepted_round,
+            "val/loss": loss,
+        }
+        MetricsWriter(stage.folder.metrics_file).write(run.position.step, {"tokens": run.position.tokens, **line})
+        write_atomically(
+            stage.folder.samples_file, json.dumps(samples.samples, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+        save_model(run.learner.trunk, stage.manifest.tokenizer_folder, stage.folder.final_model, config)
+        logger.info("wrote %s", stage.folder.final_model)
+        return _write_result(stage, run)
+
+    return on_main(context, write)

@@ -1,0 +1,140 @@
+"""The rounds of an alignment stage, each with its line of metrics, its checkpoint and an ear for signals."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ultrathink_model.alignment.policy_run import Measure, PolicyRun
+from ultrathink_model.alignment.update import Update
+from ultrathink_model.config import Config, config_hash
+from ultrathink_model.data.manifest import DataManifest
+from ultrathink_model.data.tokenizer import Tokenizer
+from ultrathink_model.distributed.context import RankContext, all_reduce_sum
+from ultrathink_model.errors import TrainingStoppedError
+from ultrathink_model.tracking.metrics import MetricsWriter
+from ultrathink_model.tracking.progress import Progress
+from ultrathink_model.tracking.run_folder import RunFolder
+from ultrathink_model.training.checkpoint import CheckpointManifest, keep_newest, save_checkpoint
+from ultrathink_model.training.run import StagePlace
+from ultrathink_model.training.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every part of the stage needs."""
+
+    config: Config
+    context: RankContext
+    manifest: DataManifest
+    tokenizer: Tokenizer
+    folder: RunFolder
+    run_name: str
+    signals: StopSignals
+
+    def stop_if_asked(self, done: str) -> None:
+        """Ends the stage where a signal has reached any rank.
+
+        Raises:
+            TrainingStoppedError: It has; `done` says what is saved.
+        """
+        received = self.signals.received
+        if int(all_reduce_sum(torch.tensor(int(received is not None)))):
+            raise TrainingStoppedError(
+                f"{self.run_name} was stopped by {received or 'a signal to another rank'} {done} in {self.folder.path}; "
+                "start the same command again to go on."
+            )
+
+
+def improve(stage: Stage, run: PolicyRun, place: StagePlace) -> None:
+    """The rounds that are still to do, with a line of metrics and, where one is due, a checkpoint after each."""
+    rlhf, context = stage.config.rlhf, stage.context
+    writer = MetricsWriter(stage.folder.metrics_file) if context.is_main else None
+    if writer:
+        # The line of a round carries the number of rounds before it, the last line their full number.
+        writer.truncate_after(run.position.step - 1)
+    progress = _progress(stage, run, place)
+    with progress or contextlib.nullcontext():
+        while not run.is_done:
+            rollout, measure = run.draw()
+            if measure.kl > rlhf.target_kl and not run.can_return:
+                logger.warning(
+                    "round %d: KL %.2f passes rlhf.target_kl=%g, and rlhf.algorithm=%s has no way back: it ends here",
+                    run.position.step,
+                    measure.kl,
+                    rlhf.target_kl,
+                    rlhf.algorithm,
+                )
+                return
+            kl_weight = run.control.weight
+            update = run.learn(rollout, measure)
+            if writer:
+                line = {**measured_line(measure), **_updated(update, kl_weight, run), **_once(run)}
+                writer.write(run.position.step - 1, {"tokens": run.position.tokens, **line})
+            if progress:
+                progress.message(f"reward {measure.reward:+.3f}, KL {measure.kl:.2f} nats per response")
+                progress.update(run.position.step)
+            asked = bool(all_reduce_sum(torch.tensor(int(stage.signals.received is not None))))
+            if asked or run.is_done or run.position.step % rlhf.rlhf_frequency == 0:
+                save_round(stage, run)
+            stage.stop_if_asked(f"after round {run.position.step} of {rlhf.rlhf_iterations}, and saved")
+
+
+def _progress(stage: Stage, run: PolicyRun, place: StagePlace) -> Progress | None:
+    if not stage.context.is_main:
+        return None
+    return Progress(
+        stage.run_name,
+        stage.config.rlhf.rlhf_iterations,
+        log_steps=stage.config.logging.log_steps,
+        stage=place.number,
+        stages=place.of,
+        first_step=run.position.step,
+    )
+
+
+def measured_line(measure: Measure) -> dict[str, float]:
+    return {
+        "rlhf/reward": measure.reward,
+        "rlhf/kl": measure.kl,
+        "rlhf/entropy": measure.entropy,
+        "rlhf/response_tokens": measure.response_tokens,
+    }
+
+
+def _updated(update: Update, kl_weight: float, run: PolicyRun) -> dict[str, float]:
+    parts = {f"rlhf/{name}": value for name, value in update.means.items() if name != "entropy"}
+    weight = {"rlhf/kl_weight": kl_weight} if run.can_return else {}
+    return {**parts, **weight, "rlhf/update_steps": update.steps, "rlhf/bad_steps": run.position.bad_steps}
+
+
+def _once(run: PolicyRun) -> dict[str, float]:
+    """The reward model's figures, on the line of the first round."""
+    record = run.players.reward_model.record
+    if run.position.step > 1:
+        return {}
+    return {
+        "rlhf/reward_accuracy": record.accuracy,
+        "rlhf/reward_loss": record.loss,
+        "rlhf/length_accuracy": record.length_accuracy,
+    }
+
+
+def save_round(stage: Stage, run: PolicyRun) -> None:
+    config, context = stage.config, stage.context
+    manifest = CheckpointManifest(
+        position=run.position.model_copy(),
+        config_hash=config_hash(config),
+        config=config.model_dump(mode="json"),
+        tokenizer_hash=stage.manifest.tokenizer_hash,
+        data_fingerprint=stage.manifest.fingerprint,
+        strategy=run.learner.strategy_name,
+        world_size=context.world_size,
+        global_batch=run.responses_per_round,
+    )
+    save_checkpoint(stage.folder.checkpoint(run.position.step), run.tensors(), run.rank_state(), manifest)
+    if context.is_main:
+        keep_newest(stage.folder.checkpoints(), config.training.keep_checkpoints)

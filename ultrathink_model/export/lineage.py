@@ -1,0 +1,85 @@
+"""Where a model comes from: the runs that made it, read from their folders, as the facts of its card."""
+
+import json
+from pathlib import Path
+
+from ultrathink_model.config import Config
+from ultrathink_model.data.manifest import load_manifest
+from ultrathink_model.evaluation.result import EvaluationResult
+from ultrathink_model.export.model_card import ModelCard, SourceFacts, StageFacts
+from ultrathink_model.models.hf import read_model_config
+from ultrathink_model.models.weight_files import WeightFiles
+from ultrathink_model.tracking.run_folder import RunFolder
+from ultrathink_model.training.result import load_result
+
+
+def describe_model(final_model: Path) -> ModelCard:
+    """The card of a model folder, from the folder itself, the run that it lies in and the runs before that one.
+
+    What is not there any more, a deleted earlier run for example, is left out of the card.
+
+    Raises:
+        CheckpointError: The folder holds no model.
+    """
+    config = read_model_config(final_model)
+    run = RunFolder(final_model.parent)
+    record, result = run.record(), load_result(run.path)
+    total, active = count_parameters(final_model, config)
+    return ModelCard(
+        name=record.run_name if record else final_model.name,
+        config=config,
+        parameters=total,
+        active_parameters=active,
+        stages=_stages(final_model),
+        sources=_sources(Path(result.data_manifest)) if result else [],
+        evaluation=EvaluationResult.load(run.evaluation_file) if run.evaluation_file.is_file() else None,
+        needs_code="auto_map" in json.loads((final_model / "config.json").read_text(encoding="utf-8")),
+    )
+
+
+def count_parameters(final_model: Path, config: Config) -> tuple[int, int]:
+    """Weights in the folder's files, and those among them that one token meets."""
+    total = experts = 0
+    for name, weight in WeightFiles(final_model).items():
+        total += weight.numel()
+        experts += weight.numel() if ".experts." in name else 0
+    if not experts:
+        return total, total
+    return total, total - experts + experts * config.moe.moe_top_k // config.moe.num_experts
+
+
+def _stages(final_model: Path) -> list[StageFacts]:
+    """The runs that led to a model, first one first, as far as their folders still tell."""
+    stages: list[StageFacts] = []
+    seen: set[Path] = set()
+    folder: Path | None = final_model.resolve()
+    while folder is not None and folder not in seen:
+        seen.add(folder)
+        record, result = RunFolder(folder.parent).record(), load_result(folder.parent)
+        if record is None or result is None:
+            break
+        init_from = record.identity.init_from
+        kind = _kind(read_model_config(folder), init_from is not None)
+        stages.append(StageFacts(name=record.run_name, kind=kind, steps=result.steps, tokens=result.tokens))
+        folder = Path(init_from) if init_from and Path(init_from).is_dir() else None
+    return stages[::-1]
+
+
+def _kind(config: Config, is_continued: bool) -> str:
+    if config.advanced.enable_rlhf:
+        return f"alignment ({config.rlhf.algorithm})"
+    return "further training" if is_continued else "pretraining"
+
+
+def _sources(manifest_folder: Path) -> list[SourceFacts]:
+    if not manifest_folder.is_dir():
+        return []
+    return [
+        SourceFacts(
+            name=source.name,
+            licence=source.licence,
+            documents=source.splits["train"].documents,
+            bytes=source.splits["train"].bytes,
+        )
+        for source in load_manifest(manifest_folder).sources
+    ]

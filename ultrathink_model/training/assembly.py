@@ -1,0 +1,120 @@
+"""Putting a run together: model, strategy, data and callbacks, at step 0 or after a checkpoint."""
+
+import functools
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from ultrathink_model.config import Config
+from ultrathink_model.data import DataManifest, TrainLoader
+from ultrathink_model.distributed.context import RankContext
+from ultrathink_model.distributed.strategy import make_strategy
+from ultrathink_model.errors import DependencyError
+from ultrathink_model.models.transformer import Transformer, build_model
+from ultrathink_model.models.upcycle import initialise_from
+from ultrathink_model.tracking.run_folder import RunFolder
+from ultrathink_model.training.callbacks.evaluation import EvaluationCallback
+from ultrathink_model.training.callbacks.metrics import MetricsCallback
+from ultrathink_model.training.callbacks.saving import SavingCallback, saved_tensors
+from ultrathink_model.training.checkpoint import RunPosition, load_tensors, read_rank_state
+from ultrathink_model.training.length import run_length
+from ultrathink_model.training.optimizer import make_optimizer
+from ultrathink_model.training.resume import ResumePoint
+from ultrathink_model.training.rng import restore_generators, seed_generators
+from ultrathink_model.training.signals import StopSignals
+from ultrathink_model.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def make_trainer(
+    config: Config,
+    context: RankContext,
+    manifest: DataManifest,
+    folder: RunFolder,
+    signals: StopSignals,
+    metrics: MetricsCallback,
+    point: ResumePoint | None,
+    init_from: Path | None,
+) -> Trainer:
+    """A trainer that is ready for `fit`, on every rank.
+
+    Args:
+        config: The run.
+        context: This rank.
+        manifest: Prepared data.
+        folder: Where checkpoints go.
+        signals: What may stop the run.
+        metrics: Takes all figures.
+        point: The checkpoint to go on from; None begins at step 0.
+        init_from: Model folder of the first weights, for a run that begins.
+
+    Raises:
+        UltrathinkError: The model folder, the checkpoint or the strategy does not go with the config.
+    """
+    model = build_model(config, "cpu")
+    if init_from is not None and point is None:
+        report = initialise_from(model, init_from)
+        logger.info("weights of %s: %s", init_from, report.summary())
+    if config.training.compile:
+        compile_blocks(model, context)
+    strategy = make_strategy(config, context)
+    strategy.prepare(model, functools.partial(make_optimizer, config.training))
+    position = point.manifest.position.model_copy() if point else RunPosition()
+    loader = TrainLoader(manifest, config, rank=context.rank, world_size=context.world_size, first_step=position.step)
+    batches = iter(loader)
+    seed_generators(config.training.seed, context.rank)
+    evaluation = EvaluationCallback(
+        config, manifest, context, metrics.extra, at_start=init_from is not None and point is None
+    )
+    trainer = Trainer(
+        config,
+        strategy,
+        batches,
+        run_length(config, manifest, loader, context.world_size),
+        position,
+        signals,
+        # Each line holds the evaluation of its step, and is on disk before the checkpoint of its step.
+        [evaluation, metrics, SavingCallback(config, manifest, context, folder)],
+    )
+    if point is not None:
+        restore(trainer, point)
+    return trainer
+
+
+def restore(trainer: Trainer, point: ResumePoint) -> None:
+    """Brings model, optimizer, loss scaler and generators to where a checkpoint was taken.
+
+    Raises:
+        CheckpointError: Its tensors do not fit.
+    """
+    context = trainer.strategy.context
+    tensors = saved_tensors(trainer)
+    saved = point.manifest.config["training"]
+    if not (saved["use_amp"] and saved["amp_dtype"] == "fp16"):
+        tensors.pop("scaler", None)
+    load_tensors(point.folder, tensors)
+    trainer.strategy.load_state_dict({name: tensors[name] for name in ("model", "optimizer")})
+    rank_state = read_rank_state(point.folder, context.rank)
+    if rank_state is None:
+        logger.info("%s has no generators of rank %d, which draws anew", point.folder, context.rank)
+    else:
+        restore_generators(rank_state, context.device)
+    logger.info("goes on after step %d of %s", trainer.position.step, point.folder)
+
+
+def compile_blocks(model: Transformer, context: RankContext) -> None:
+    """Has each block compiled at its first call: blocks alike are compiled once, and sharded ones stay apart.
+
+    Raises:
+        DependencyError: There is no compiler for the code that torch.compile makes for a processor.
+    """
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)]
+    if context.device.type == "cpu" and not compilers:
+        raise DependencyError(
+            "training.compile=true needs a C++ compiler on a machine without a GPU, and there is no g++ or clang++; "
+            "install one, or set training.compile=false"
+        )
+    for block in model.blocks:
+        block.compile()

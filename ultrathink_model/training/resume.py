@@ -1,0 +1,210 @@
+"""Where a run begins: at its first step, after its last checkpoint, or at its end."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultrathink_model.config import Config
+from ultrathink_model.data import DataManifest
+from ultrathink_model.errors import CheckpointError
+from ultrathink_model.models.model_folder import existing_folder
+from ultrathink_model.tracking.run_folder import RunFolder, RunIdentity
+from ultrathink_model.training.checkpoint import (
+    MANIFEST,
+    CheckpointManifest,
+    drop_checkpoints,
+    newest_valid_checkpoint,
+    remove_leftovers,
+    verify_checkpoint,
+)
+from ultrathink_model.training.result import RESULT_FILE, StageResult, load_result
+
+# Keys of the section `model` that change neither the weights' shapes nor the function.
+NOT_ARCHITECTURE = {"gradient_checkpointing", "use_flash_attention", "initializer_range", "max_seq_length"}
+MOE_ARCHITECTURE = {
+    "num_knowledge_experts",
+    "num_skill_experts",
+    "num_meta_experts",
+    "num_safety_experts",
+    "moe_top_k",
+    "layer_frequency",
+    "expert_hidden_size",
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint that is whole and fits the run."""
+
+    folder: Path
+    manifest: CheckpointManifest
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run's folder, taken for a start.
+
+    Attributes:
+        result: What the run came to, when it is finished already; then the folder was left as it is.
+        named: The checkpoint that `training.resume` names.
+        goes_on: Whether the folder held this same run.
+    """
+
+    result: StageResult | None = None
+    named: ResumePoint | None = None
+    goes_on: bool = False
+
+
+def claim_folder(
+    config: Config, manifest: DataManifest, folder: RunFolder, run_name: str, init_from: Path | None, global_batch: int
+) -> Claim:
+    """Takes the run's folder, from which another run's files are moved away; rank 0 alone calls it.
+
+    Args:
+        config: `training.resume` says whether to go on, and from where.
+        manifest: Prepared data.
+        folder: The run's folder.
+        run_name: Name of the run.
+        init_from: Model folder of the first weights.
+        global_batch: Sequences in one step, over all ranks.
+
+    Raises:
+        CheckpointError: The checkpoint that `training.resume` names is missing, damaged or does not fit.
+    """
+    resume = config.training.resume
+    identity = run_identity(config, manifest, run_name, init_from)
+    named = None
+    if resume == "auto":
+        result = finished_result(folder, identity)
+        if result is not None:
+            return Claim(result=result)
+    elif resume != "never":
+        named = find_named(Path(resume))
+        require_fit(named, config, manifest, global_batch)
+    goes_on = folder.begin(identity, config, fresh=resume == "never")
+    (folder.path / RESULT_FILE).unlink(missing_ok=True)
+    remove_leftovers(folder.path)
+    return Claim(named=named and _moved(named, folder), goes_on=goes_on)
+
+
+def resume_point(
+    claim: Claim, config: Config, manifest: DataManifest, folder: RunFolder, global_batch: int
+) -> ResumePoint | None:
+    """The checkpoint that a start goes on from, None where it begins at step 0; rank 0 alone calls it.
+
+    Raises:
+        CheckpointError: The newest whole checkpoint does not fit this run.
+    """
+    if claim.named is not None:
+        last = claim.named.manifest.position.step
+        # They are of a future that is now lived again; a later start must not go on from them.
+        drop_checkpoints((step, path) for step, path in folder.checkpoints() if step > last)
+        return claim.named
+    found = newest_valid_checkpoint(folder.checkpoints()) if claim.goes_on else None
+    if found is None:
+        return None
+    point = ResumePoint(*found)
+    require_fit(point, config, manifest, global_batch)
+    return point
+
+
+def run_identity(config: Config, manifest: DataManifest, run_name: str, init_from: Path | None) -> RunIdentity:
+    """What makes two starts the same run: the content of the data and of the first weights counts too."""
+    identity = RunIdentity.of(config, run_name, init_from)
+    digest = hashlib.sha256(f"{identity.config_hash} {manifest.fingerprint}".encode())
+    for path in _weight_files(init_from) if init_from else ():
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return identity.model_copy(update={"config_hash": digest.hexdigest()})
+
+
+def finished_result(folder: RunFolder, identity: RunIdentity) -> StageResult | None:
+    """What a run came to, when its folder holds just that run, finished, and its model."""
+    record = folder.record()
+    if record is None or record.status != "finished" or record.identity != identity or not folder.final_model.is_dir():
+        return None
+    return load_result(folder.path)
+
+
+def find_named(path: Path) -> ResumePoint:
+    """The checkpoint at a path that the user named: its own folder, or a run's folder, whose newest is taken.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    if (path / MANIFEST).is_file() or path.name.startswith("checkpoint_"):
+        if not path.is_dir():
+            raise CheckpointError(f"training.resume={path} does not exist; name a folder checkpoint_<step>.pt.")
+        return ResumePoint(path, verify_checkpoint(path))
+    found = newest_valid_checkpoint(RunFolder(path).checkpoints())
+    if found is None:
+        raise CheckpointError(
+            f"training.resume={path} holds no whole checkpoint; name a folder checkpoint_<step>.pt or a run's folder, "
+            "or take auto or never."
+        )
+    return ResumePoint(*found)
+
+
+def require_fit(point: ResumePoint, config: Config, manifest: DataManifest, global_batch: int) -> None:
+    """Refuses a checkpoint of other data or another model, and shows in the log what else has changed.
+
+    Raises:
+        CheckpointError: Tokenizer, data, architecture, optimizer or global batch differ; the message says how.
+    """
+    saved, current = point.manifest, config.model_dump(mode="json")
+    refused = [
+        f"{what}: {before} → {now}"
+        for what, before, now in (
+            ("tokenizer", saved.tokenizer_hash, manifest.tokenizer_hash),
+            ("data", saved.data_fingerprint, manifest.fingerprint),
+            ("global batch in sequences", saved.global_batch, global_batch),
+        )
+        if before != now
+    ]
+    changes = dict(_changes(saved.config, current))
+    fixed = _fixed_keys(saved.config, current)
+    refused += [f"{key}: {before} → {now}" for key, (before, now) in changes.items() if key in fixed]
+    if refused:
+        raise CheckpointError(
+            f"{point.folder} cannot be resumed by this run, which differs in what cannot change: {'; '.join(refused)}. "
+            "Put these back, or start anew with training.resume=never (--init-from takes the weights alone)."
+        )
+    for key, (before, now) in changes.items():
+        logger.info("changed since %s: %s: %s → %s", point.folder.name, key, before, now)
+
+
+def _fixed_keys(saved: dict[str, Any], current: dict[str, Any]) -> set[str]:
+    """The keys that a resumed run may not change."""
+    keys = {f"model.{key}" for key in current["model"] if key not in NOT_ARCHITECTURE}
+    keys |= {f"advanced.{key}" for key in current["advanced"] if key.startswith("enable_")} | {"training.optimizer"}
+    if saved["advanced"]["enable_moe"]:
+        keys |= {f"moe.{key}" for key in MOE_ARCHITECTURE}
+    if saved["advanced"]["enable_dre"]:
+        keys.add("dre.layer_frequency")
+    return keys
+
+
+def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for section in saved.keys() | current.keys():
+        before, now = saved.get(section, {}), current.get(section, {})
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                yield f"{section}.{key}", (before.get(key), now.get(key))
+
+
+def _moved(point: ResumePoint, folder: RunFolder) -> ResumePoint:
+    """The same checkpoint, which may have been moved away with the run that wrote it."""
+    candidates = [point.folder, *(folder.path / "previous").glob(f"*/{point.folder.name}")]
+    for candidate in candidates:
+        if (candidate / MANIFEST).is_file() and verify_checkpoint(candidate).digest == point.manifest.digest:
+            return ResumePoint(candidate, point.manifest)
+    raise CheckpointError(f"{point.folder} is gone: another process has moved it.")
+
+
+def _weight_files(init_from: Path) -> list[Path]:
+    return sorted(existing_folder(init_from).glob("*.safetensors"))
