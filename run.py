@@ -1,7 +1,7 @@
 """The command line for people: runs a workflow from raw text to an evaluated, exported model.
 
-    python run.py --workflow prototype
-    python run.py --workflow production --profile small --override training.max_steps=2000
+python run.py --workflow prototype
+python run.py --workflow production --profile small --override training.max_steps=2000
 """
 
 import sys

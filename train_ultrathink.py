@@ -1,6 +1,6 @@
 """Trains one run from flags: every key of the config is a flag of its own, and no file is needed.
 
-    python train_ultrathink.py --dataset wikitext --hidden_size 512 --num_layers 6 --enable_moe --use_mlflow
+python train_ultrathink.py --dataset wikitext --hidden_size 512 --num_layers 6 --enable_moe --use_mlflow
 """
 
 import argparse

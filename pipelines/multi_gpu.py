@@ -12,7 +12,9 @@ from steps.report import report
 
 
 @pipeline(name="multi_gpu_pipeline", execution_mode=ExecutionMode.FAIL_FAST)
-def multi_gpu_pipeline(profile: str | None = None, config: str | None = None, overrides: list[str] | None = None) -> None:
+def multi_gpu_pipeline(
+    profile: str | None = None, config: str | None = None, overrides: list[str] | None = None
+) -> None:
     """Prepares data, trains over the ranks of `distributed`, evaluates, exports and reports.
 
     Args:

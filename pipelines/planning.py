@@ -34,7 +34,7 @@ def begin(workflow: str, profile: str | None, config: str | None, overrides: Seq
     _take_lock(plan)
     print(f"{plan.workflow}: {plan.reason}; results go to {plan.folder}", flush=True)
     _close_abandoned_runs(plan)
-    expire_stale_results(plan.steps)
+    expire_stale_results(str(plan.folder), plan.steps)
     return plan
 
 

@@ -30,9 +30,9 @@ def production_pipeline(
     advanced = resume(plan["advanced"], data, baseline, id="advanced")
     aligned = rlhf(plan["rlhf"], data, advanced, id="rlhf")
     evaluations = [
-        evaluate(plan["evaluate_baseline"], data, baseline, id="evaluate_baseline"),
-        evaluate(plan["evaluate_advanced"], data, advanced, id="evaluate_advanced"),
-        evaluate(plan["evaluate_rlhf"], data, aligned, id="evaluate_rlhf"),
+        evaluate(plan["evaluate_baseline"], data, baseline, id="evaluate_baseline", after=["rlhf"]),
+        evaluate(plan["evaluate_advanced"], data, advanced, id="evaluate_advanced", after=["evaluate_baseline"]),
+        evaluate(plan["evaluate_rlhf"], data, aligned, id="evaluate_rlhf", after=["evaluate_advanced"]),
     ]
     exported = export(plan["export"], aligned, evaluations[-1], id="export")
     report(plan["report"], [baseline, advanced, aligned], evaluations, exported, id="report")

@@ -12,7 +12,9 @@ from steps.report import report
 
 
 @pipeline(name="prototype_pipeline", execution_mode=ExecutionMode.FAIL_FAST)
-def prototype_pipeline(profile: str | None = None, config: str | None = None, overrides: list[str] | None = None) -> None:
+def prototype_pipeline(
+    profile: str | None = None, config: str | None = None, overrides: list[str] | None = None
+) -> None:
     """Prepares dummy data, checks on them, prepares real data, trains, evaluates, exports and reports.
 
     Args:

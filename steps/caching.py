@@ -83,13 +83,20 @@ EXPORT = CachePolicy(cache_func=export_code)
 REPORT = CachePolicy(cache_func=report_code)
 
 
-def expire_stale_results(step_names: Iterable[str]) -> None:
-    """Makes ZenML forget the cached results of these steps that are gone from the disk, or changed there."""
+def expire_stale_results(folder: str, step_names: Iterable[str]) -> None:
+    """Makes ZenML forget cached results of a workflow's steps that are gone from its folder, or changed there.
+
+    Args:
+        folder: The workflow's folder; results of other folders are never served for it.
+        step_names: Names of the steps.
+    """
     client = Client()
     for name in step_names:
         for run in _cached_runs(client, name):
+            if run.config.parameters.get("plan", {}).get("folder") != folder:
+                continue
             if not all(_is_intact(output) for outputs in run.outputs.values() for output in outputs):
-                logger.warning("stage %s: an earlier result is gone from the disk or changed; it does not count.", name)
+                logger.warning("stage %s: its earlier result is gone from the disk or changed, and not used.", name)
                 client.update_step_run(run.id, cache_expires_at=utc_now() - timedelta(seconds=1))
 
 

@@ -37,6 +37,4 @@ def _summary(metrics: dict[str, float]) -> str:
     """The loss, and bits per byte beside those of the n-gram models."""
     bits = {name.split("/")[1]: value for name, value in metrics.items() if name.endswith("/bits_per_byte")}
     others = ", ".join(f"{name} {value:.3f}" for name, value in bits.items() if name != "validation")
-    return (
-        f"validation loss {metrics['eval/validation/loss']:.4f}, {bits['validation']:.3f} bits per byte ({others})"
-    )
+    return f"validation loss {metrics['eval/validation/loss']:.4f}, {bits['validation']:.3f} bits per byte ({others})"

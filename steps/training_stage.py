@@ -15,7 +15,9 @@ from ultrathink_model.workflow import StepPlan
 RESULT_FILES = ("config.yaml", "final_model")
 
 
-def train_stage(plan: StepPlan, data: DataReference, code: str, initial: StageReference | None = None) -> StageReference:
+def train_stage(
+    plan: StepPlan, data: DataReference, code: str, initial: StageReference | None = None
+) -> StageReference:
     """Trains the stage of a plan in its run's folder, or goes on with it there.
 
     Args:

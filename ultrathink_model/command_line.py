@@ -81,11 +81,17 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
 
 def log_to_terminal(level: str) -> None:
     """Shows what the package logs on stderr, on the first rank alone; results and progress go to stdout."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("ultrathink_model")
-    logger.addHandler(handler)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
     logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+class _StderrHandler(logging.Handler):
+    """Prints messages to what `sys.stderr` is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -135,7 +135,9 @@ def test_a_file_that_is_no_config_is_refused(content, message, tmp_path):
 
 
 def test_a_missing_file_is_named_with_where_configs_lie(tmp_path):
-    with pytest.raises(ConfigError, match=r"missing\.yaml: No such file or directory\. Shipped configs lie in configs/"):
+    with pytest.raises(
+        ConfigError, match=r"missing\.yaml: No such file or directory\. Shipped configs lie in configs/"
+    ):
         load_config(tmp_path / "missing.yaml")
 
 

@@ -63,7 +63,9 @@ def test_a_changed_input_file_changes_the_plan(tmp_path):
     before = plan_workflow("multi_gpu", "tiny", overrides=overrides)
     assert plan_workflow("multi_gpu", "tiny", overrides=overrides) == before
     text.write_text("another", encoding="utf-8")
-    assert plan_hash(plan_workflow("multi_gpu", "tiny", overrides=overrides)["pretrain"]) != plan_hash(before["pretrain"])
+    assert plan_hash(plan_workflow("multi_gpu", "tiny", overrides=overrides)["pretrain"]) != plan_hash(
+        before["pretrain"]
+    )
 
 
 def test_folders_and_globs_count_as_input_files(tmp_path, tiny_config):

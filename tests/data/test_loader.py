@@ -1,3 +1,5 @@
+import json
+import pickle
 from itertools import islice
 
 import pytest
@@ -15,8 +17,6 @@ from ultrathink_model.data import (
     prepare_data,
 )
 from ultrathink_model.errors import ConfigError
-
-MIXTURE = "[{dataset: dummy, weight: 3, expert_group: skill}, {dataset: sotu, weight: 1}]"
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def rows(manifest, config, steps, first_step=0, world_size=1):
     return torch.cat(found)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     world_size=st.sampled_from([1, 2, 3, 4, 6]),
     batch_size=st.sampled_from([1, 2]),
-    resume=st.integers(0, 40),
+    resume=st.integers(0, 12),
     samples=st.sampled_from(["null", "7", "100"]),
 )
 def test_any_ranks_accumulation_and_resume_point_give_the_same_stream(dummy, world_size, batch_size, resume, samples):
@@ -59,17 +59,25 @@ def test_any_ranks_accumulation_and_resume_point_give_the_same_stream(dummy, wor
     assert torch.equal(rows(manifest, other, 3, first_step=resume, world_size=world_size), straight)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_stream(dummy, workers):
     manifest, config = dummy
     with_workers = override_config(config, [f"data.num_workers={workers}"])
     assert torch.equal(
-        rows(manifest, with_workers, 6, first_step=5, world_size=2), rows(manifest, config, 6, first_step=5, world_size=2)
+        rows(manifest, with_workers, 6, first_step=5, world_size=2),
+        rows(manifest, config, 6, first_step=5, world_size=2),
     )
+
+
+def test_what_a_worker_is_given_can_be_pickled(dummy):
+    manifest, config = dummy
+    steps = TrainLoader(manifest, config)._steps
+    assert torch.equal(pickle.loads(pickle.dumps(steps))[3][0].labels, steps[3][0].labels)
 
 
 def test_workers_give_whole_batches(dummy):
     manifest, config = dummy
+    config = override_config(config, ["training.batch_size=50"])
     step = next(iter(TrainLoader(manifest, override_config(config, ["data.num_workers=1"]))))
     expected = next(iter(TrainLoader(manifest, config)))
     for batch, other in zip(step, expected, strict=True):
@@ -89,7 +97,7 @@ def test_an_epoch_of_training_predicts_every_token_of_the_split_once(dummy):
 
 def test_labels_follow_their_inputs_and_documents_do_not_mix(dummy):
     manifest, config = dummy
-    batch = next(iter(TrainLoader(manifest, config)))[0]
+    batch = next(iter(TrainLoader(manifest, override_config(config, ["training.batch_size=50"]))))[0]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.document_ids.dtype == torch.int32
     assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
@@ -122,10 +130,11 @@ def test_validation_can_be_a_part_taken_evenly(dummy):
     assert len(list(ValidationLoader(manifest, config, max_sequences=10**9))) == len(whole)
 
 
-def test_batches_of_a_mixture_carry_the_expert_group_of_each_source(tiny_config, cache):
+def test_batches_of_a_mixture_carry_the_expert_group_of_each_source(tiny_config, tmp_path):
+    (tmp_path / "capitals.txt").write_text("ONE TWO THREE " * 500, encoding="utf-8")
+    values = {"dataset": "dummy", "weight": 3, "expert_group": "skill"}, {"dataset": f"{tmp_path}/*.txt", "weight": 1}
     config = override_config(
-        tiny_config,
-        [f"data.cache_dir={cache}", f"data.mix_datasets={MIXTURE}", "training.batch_size=200", "data.validation_every=100"],
+        tiny_config, [f"data.mix_datasets={json.dumps(values)}", "training.batch_size=200", "training.seed=3"]
     )
     manifest = prepare_data(config)
     batch = next(iter(TrainLoader(manifest, config)))[0]
@@ -135,8 +144,8 @@ def test_batches_of_a_mixture_carry_the_expert_group_of_each_source(tiny_config,
     # 200 draws of 3/4 have a standard deviation of 0.031.
     assert abs((groups[:, 0] == 1).float().mean() - 0.75) < 5 * 0.031
     tokenizer = Tokenizer.load(manifest.tokenizer_folder)
-    speech = next(row for row, group in zip(batch.labels, groups[:, 0], strict=True) if group == -1)
-    assert tokenizer.decode(speech.tolist()) != ""
+    for row, group in zip(batch.labels, groups[:, 0].tolist(), strict=True):
+        assert tokenizer.decode(row[row >= 0].tolist()).isupper() == (group == -1)
     tokens = sum(batch.num_tokens for batch in ValidationLoader(manifest, config))
     assert tokens == sum(source.splits["validation"].tokens for source in manifest.sources)
 
@@ -151,7 +160,7 @@ def test_no_documents_or_groups_are_named_where_there_is_nothing_to_tell_apart(t
 
 def test_a_batch_moves_to_a_device_whole(dummy):
     manifest, config = dummy
-    batch = next(iter(TrainLoader(manifest, config)))[0]
+    batch = next(iter(TrainLoader(manifest, override_config(config, ["training.batch_size=50"]))))[0]
     moved = batch.to("meta")
     assert moved.input_ids.device.type == moved.labels.device.type == moved.document_ids.device.type == "meta"
     assert moved.source_groups is None
@@ -174,5 +183,5 @@ def test_a_global_batch_that_does_not_divide_is_refused_with_the_arithmetic(tiny
 
 def test_data_of_another_sequence_length_is_refused(dummy):
     manifest, config = dummy
-    with pytest.raises(ConfigError, match="max_seq_length=64, but the data .* was prepared for 32"):
+    with pytest.raises(ConfigError, match=r"max_seq_length=64, but the data .* was prepared for 32"):
         TrainLoader(manifest, override_config(config, ["model.max_seq_length=64"]))

@@ -1,8 +1,12 @@
 """Short trainings that the ranks of the strategy tests run, on the real decoder and on data made from a seed."""
 
-import torch
+import warnings
 
-from ultrathink_model.distributed.context import all_reduce_sum, init_distributed, shutdown
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from ultrathink_model.distributed.context import all_reduce_sum, init_distributed
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.models.transformer import build_model
 
@@ -38,7 +42,9 @@ def train_step(strategy, step):
     """One optimizer step as the trainer makes it; returns the mean loss and the gradient's norm."""
     config, context = strategy.config, strategy.context
     tokens, labels = (part.to(context.device) for part in global_batch(config, step))
-    own = slice(context.rank * GLOBAL_BATCH // context.world_size, (context.rank + 1) * GLOBAL_BATCH // context.world_size)
+    own = slice(
+        context.rank * GLOBAL_BATCH // context.world_size, (context.rank + 1) * GLOBAL_BATCH // context.world_size
+    )
     count = (labels != -100).sum()
     total = torch.zeros((), device=context.device)
     strategy.unwrapped.begin_step(step)
@@ -54,12 +60,75 @@ def train_step(strategy, step):
     return (all_reduce_sum(total) / count).item(), norm.item()
 
 
+def train_steps(strategy, steps):
+    losses, norms = zip(*(train_step(strategy, step) for step in steps), strict=True)
+    return {"losses": losses, "norms": norms}
+
+
 def curve(config, steps):
     strategy = prepared_strategy(config)
-    losses, norms = zip(*(train_step(strategy, step) for step in range(steps)), strict=True)
-    return {"losses": losses, "norms": norms, "weights": strategy.full_model_state()}
+    return {**train_steps(strategy, range(steps)), "weights": strategy.full_model_state()}
 
 
-def curves(configs, steps):
-    """The curve of each config, one after the other in the same ranks; what rank 0 saw."""
-    return [curve(config, steps) for config in configs]
+def curve_after_skipped_step(config):
+    """Two steps after one whose gradient is not finite on the last rank alone."""
+    strategy = prepared_strategy(config)
+    tokens, labels = (part.to(strategy.context.device) for part in global_batch(config, 9))
+    spoilt = torch.nan if strategy.context.rank == strategy.context.world_size - 1 else 1.0
+    loss = strategy.model(tokens[:2], labels=labels[:2]).loss_sum
+    strategy.backward(loss * spoilt, is_last_micro_step=True)
+    norm = strategy.gradient_norm_and_clip(1.0)
+    assert not torch.isfinite(norm), f"rank {strategy.context.rank} did not hear of it: {norm}"
+    strategy.skip_step()
+    # The model's routing does not follow a skipped step either, as the trainer sees to.
+    buffers = [buffer.clone() for buffer in strategy.unwrapped.buffers()]
+    strategy.unwrapped.end_step(all_reduce_sum)
+    for buffer, before in zip(strategy.unwrapped.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return train_steps(strategy, range(2))
+
+
+def saved_and_continued(config, folder):
+    """Trains three steps, saves, and trains two more."""
+    strategy = prepared_strategy(config)
+    train_steps(strategy, range(3))
+    save_with_dcp(strategy.state_dict(), folder)
+    return train_steps(strategy, range(3, 5))
+
+
+def loaded_and_continued(config, folder):
+    """The two steps after a saved state."""
+    strategy = prepared_strategy(config)
+    state = strategy.state_dict()
+    load_with_dcp(state, folder)
+    strategy.load_state_dict(state)
+    return train_steps(strategy, range(3, 5))
+
+
+def save_with_dcp(state, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load_with_dcp(state, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def run_all(configs, loaded, steps, folder):
+    """Everything that the tests ask of each strategy, in one start of the ranks.
+
+    Args:
+        configs: By name.
+        loaded: Pairs of the config that loads and the one that saved.
+        steps: Length of the curves.
+        folder: Where states are saved.
+    """
+    return {
+        "curves": {name: curve(config, steps) for name, config in configs.items()},
+        "skipped": {name: curve_after_skipped_step(config) for name, config in configs.items()},
+        "saved": {name: saved_and_continued(config, folder / name) for name, config in configs.items()},
+        "loaded": {(by, of): loaded_and_continued(configs[by], folder / of) for by, of in loaded},
+    }

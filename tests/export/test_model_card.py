@@ -9,7 +9,7 @@ from ultrathink_model.evaluation.result import EvaluationResult, Sample
 from ultrathink_model.export.lineage import count_parameters, describe_model
 from ultrathink_model.export.model_card import ModelCard, SourceFacts, StageFacts, render_model_card
 from ultrathink_model.models.hf import read_model_config
-from ultrathink_model.models.transformer import build_model
+from ultrathink_model.models.weight_files import WeightFiles
 from ultrathink_model.tracking.run_folder import RunFolder
 
 EVALUATION = EvaluationResult(
@@ -123,19 +123,18 @@ def test_lineage_of_a_folder_that_no_run_made_is_the_folder_alone(make_run, tmp_
     assert not card.sources
 
 
-def test_parameters_are_those_of_the_model(make_run, tiny_config):
+def test_parameters_are_those_of_the_saved_model(make_run):
     final_model = make_run("run")
-    total, active = count_parameters(final_model, read_model_config(final_model))
-    assert total == active == sum(weight.numel() for weight in build_model(tiny_config).parameters())
+    total, active = count_parameters(read_model_config(final_model))
+    assert total == active == sum(weight.numel() for weight in WeightFiles(final_model).values())
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet(make_run):
     final_model = make_run("run", overrides=["advanced.enable_moe=true"])
     config = read_model_config(final_model)
-    model = build_model(config)
-    total, active = count_parameters(final_model, config)
+    total, active = count_parameters(config)
     moe, shape = config.moe, config.model
     width = moe.expert_hidden_size or shape.feed_forward_size // moe.moe_top_k
     idle = shape.num_layers * (moe.num_experts - moe.moe_top_k) * 3 * shape.hidden_size * width
-    assert total == sum(weight.numel() for weight in model.parameters())
+    assert total == sum(weight.numel() for weight in WeightFiles(final_model).values())
     assert active == total - idle

@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-EXECUTABLE = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+EXECUTABLE = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -73,7 +75,9 @@ class Browser:
 
     def open(self, page: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         """Shows a file in a window of the given size and colour scheme, and waits until it is loaded."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=page.as_uri())
         while self.evaluate("document.readyState") != "complete":

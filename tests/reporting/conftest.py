@@ -1,18 +1,17 @@
 """Run folders as training leaves them: a dense stage, one with experts and depths, and an aligned one."""
 
 import json
-import math
 
 import pytest
+from stage_metrics import HOSTILE, training_rows
 
 from ultrathink_model.config import override_config
 from ultrathink_model.evaluation.result import EvaluationResult, Sample
 from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.run_folder import RunFolder, RunIdentity
 
-PATHS = ("fast", "standard", "deep", "ultra_deep")
 PROMPT = "Fellow <b>citizens</b>"
-HOSTILE = "</p></script><script>window.harmed = true</script><img src=x onerror='window.harmed = true'>"
+PATHS = ("fast", "standard", "deep", "ultra_deep")
 
 
 @pytest.fixture
@@ -42,20 +41,6 @@ def make_stage(tiny_config, tmp_path):
         return folder.path
 
     return make
-
-
-def training_rows(first: float, last: float, steps: int = 40) -> list[dict[str, float]]:
-    return [
-        {
-            "tokens": 4096 * step,
-            "train/loss": last + (first - last) * math.exp(-step / 10),
-            "train/learning_rate": 1e-3,
-            "train/grad_norm": 1.0 + 0.1 * (step % 3),
-            "train/tokens_per_second": 6800.0,
-        }
-        | ({"val/loss": last + (first - last) * math.exp(-step / 10)} if step % 10 == 0 else {})
-        for step in range(1, steps + 1)
-    ]
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
-import os
-from pathlib import Path
-
 import pytest
-from reporting.browser import EXECUTABLE, Browser
+from browser import EXECUTABLE, Browser
 
 from ultrathink_model.reporting import write_report
 
@@ -71,27 +68,20 @@ def test_what_a_model_wrote_cannot_run(browser, page):
     assert browser.evaluate("window.harmed === undefined")
     assert browser.evaluate("document.querySelectorAll('img').length") == 0
     # Even markup that found its way into the page would not run: only the page's own script may.
-    browser.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.harmed = 1'}))")
+    browser.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {text: 'window.harmed = 1'}))"
+    )
     assert browser.evaluate("window.harmed === undefined")
 
 
-def test_page_is_readable_without_scripts(browser, page):
+def test_charts_need_no_script(browser, page):
+    # ZenML's dashboard shows the page in a frame that may run none.
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
-        browser.call("Page.navigate", url=page.as_uri())
-        drawn = browser.call("Page.captureScreenshot", format="png")["data"]
+        browser.open(page)
+        browser.point_at(400, 1100)
+        assert browser.evaluate("[...document.querySelectorAll('.tip')].every(tip => tip.hidden)")
+        curves = "[...document.querySelectorAll('path.line, path.marked')]"
+        assert browser.evaluate(f"{curves}.every(path => path.getBBox().width > 0) && {curves}.length") > 10
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
-    assert len(drawn) > 10_000
-
-
-@pytest.mark.skipif("ULTRATHINK_SCREENSHOTS" not in os.environ, reason="ULTRATHINK_SCREENSHOTS names no folder")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_screenshots_for_people_to_look_at(browser, page, width, scheme):
-    import base64
-
-    browser.open(page, width=width, scheme=scheme)
-    image = browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
-    folder = Path(os.environ["ULTRATHINK_SCREENSHOTS"])
-    (folder / f"report-{width}-{scheme}.png").write_bytes(base64.b64decode(image))

@@ -2,7 +2,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -38,6 +37,7 @@ def manifest_at(step: int) -> CheckpointManifest:
         data_fingerprint="d",
         strategy="single",
         world_size=1,
+        global_batch=4,
     )
 
 
@@ -181,70 +181,61 @@ def test_a_disk_that_fills_up_fails_the_save_and_leaves_the_one_before(tmp_path,
     assert [entry.name for entry in tmp_path.iterdir()] == [good.name]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = sys.argv[3].split(":")
-from ultrathink_model.training import checkpoint
-import test_checkpoint
+def killed_save(folder: Path, stop_at: int) -> tuple[int, int]:
+    """Saves twice, then once more in a child process that kills itself at its `stop_at`-th file operation.
 
-stop_at = int(sys.argv[2])
-events = 0
-
-def event(*_):
-    global events
-    events += 1
-    if events == stop_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.unlink", "shutil.rmtree")
-folder = Path(sys.argv[1])
-test_checkpoint.save(folder, 1)
-test_checkpoint.save(folder, 2)
-sys.addaudithook(lambda name, arguments: event() if name in WATCHED and str(folder) in str(arguments) else None)
-fsync = os.fsync
-os.fsync = lambda descriptor: (event(), fsync(descriptor))
-test_checkpoint.save(folder, 3)
-checkpoint.keep_newest(test_checkpoint.checkpoints(folder), 2)
-print(events)
-"""
-
-
-def run_killed(folder: Path, stop_at: int) -> subprocess.CompletedProcess[str]:
+    Returns:
+        The child's exit status, and the operations it counted when it lived.
+    """
     folder.mkdir()
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[2])])
-    arguments = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(stop_at), paths]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+    save(folder, 1)
+    save(folder, 2)
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        counted = folder.with_suffix(".count")
+        return status, int(counted.read_text()) if counted.exists() else 0
+    operations = 0
 
+    def operate(name: str, arguments: tuple) -> None:
+        nonlocal operations
+        if name in WATCHED and str(folder) in str(arguments):
+            operations += 1
+            if operations == stop_at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-@pytest.mark.slow
-def test_kill_at_every_file_operation_of_a_save_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    whole = run_killed(tmp_path / "whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    operations = int(whole.stdout)
-    assert operations > 10
-    for stop_at in range(1, operations + 1):
-        check_killed(tmp_path / str(stop_at), stop_at)
-
-
-def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
-    check_killed(tmp_path / "early", 4)
-
-
-def check_killed(folder: Path, stop_at: int) -> None:
-    killed = run_killed(folder, stop_at)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    found = newest_valid_checkpoint(checkpoints(folder))
-    assert found is not None
-    path, manifest = found
-    assert manifest.position.step in (2, 3)
-    loaded = empty_like(some_tensors())
-    load_tensors(path, loaded)
-    assert_equal(some_tensors(manifest.position.step), loaded)
-    remove_leftovers(folder)
-    assert all(entry.name.startswith("checkpoint_") for entry in folder.iterdir())
+    sys.addaudithook(operate)
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (operate("os.fsync", (folder,)), fsync(descriptor))
     save(folder, 3)
-    assert verify_checkpoint(folder / "checkpoint_00000003.pt").position.step == 3
+    keep_newest(checkpoints(folder), 2)
+    folder.with_suffix(".count").write_text(str(operations))
+    os._exit(0)
+
+
+WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.fsync")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the child must be forked")
+def test_kill_at_every_file_operation_of_a_save_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    status, operations = killed_save(tmp_path / "whole", 0)
+    assert status == 0
+    assert operations > 15
+    for stop_at in range(1, operations + 1):
+        folder = tmp_path / str(stop_at)
+        status, _ = killed_save(folder, stop_at)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        found = newest_valid_checkpoint(checkpoints(folder))
+        assert found is not None
+        path, manifest = found
+        assert manifest.position.step in (2, 3)
+        loaded = empty_like(some_tensors())
+        load_tensors(path, loaded)
+        assert_equal(some_tensors(manifest.position.step), loaded)
+        remove_leftovers(folder)
+        assert all(entry.name.startswith("checkpoint_") for entry in folder.iterdir())
+        save(folder, 3)
+        assert verify_checkpoint(folder / "checkpoint_00000003.pt").position.step == 3
 
 
 def test_sharded_state_of_two_ranks_loads_into_one_process(tmp_path):

@@ -8,10 +8,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from ultrathink_model.config import make_config
 from ultrathink_model.config.training import TrainingConfig
 from ultrathink_model.errors import ConfigError
+from ultrathink_model.models.transformer import build_model
 from ultrathink_model.training.muon import Muon
-from ultrathink_model.training.optimizer import make_optimizer
+from ultrathink_model.training.optimizer import fused_matrices, make_optimizer
 from ultrathink_model.training.orthogonal import orthogonalise
 
 
@@ -232,3 +234,23 @@ def _compare_over_ranks(rank: int, expected: dict[str, Tensor]) -> None:
         for name, parameter in net.named_parameters():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             torch.testing.assert_close(whole.detach(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_fused_weights_are_orthogonalised_matrix_by_matrix():
+    """Queries, keys and values lie in one weight, as do gate and up: each moves as if it stood alone."""
+    config = make_config(
+        {"model": {"vocab_size": 20, "hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2}}
+    )
+    model = build_model(config)
+    block = model.blocks[0]
+    parts = {block.attention.qkv.weight: (16, 8, 8), block.feed_forward.gate_up.weight: (64, 64)}
+    assert fused_matrices(model) == parts
+    before = {weight: weight.detach().clone() for weight in parts}
+    fill_gradients(model, 3)
+    optimizer = make_optimizer(MUON, model)
+    optimizer.step()
+    for weight, rows in parts.items():
+        moved = weight.detach() - before[weight] * (1 - 0.05 * 0.1)
+        for piece, gradient in zip(moved.split(rows), weight.grad.split(rows), strict=True):
+            expected = -0.05 * reference_direction(0.05 * gradient + 0.95 * 0.05 * gradient)
+            torch.testing.assert_close(piece, expected, rtol=1e-3, atol=1e-5)

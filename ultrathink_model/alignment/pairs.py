@@ -173,7 +173,7 @@ def save_pairs(split: PairSplit, tokenizer: Tokenizer, path: Path) -> None:
 def load_pairs(path: Path) -> PairSplit:
     """Reads what `save_pairs` wrote."""
     split = PairSplit([], [])
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():  # of bytes: text may hold other line ends than the newline
         values = json.loads(line)
         pair = TokenPair(**{key: values[f"{key}_tokens"] for key in ("prompt", "chosen", "rejected")})
         (split.train if values["split"] == "train" else split.held_out).append(pair)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -41,6 +42,14 @@ class RewardRecord(BaseModel):
     loss: float
     length_accuracy: float
     held_out_pairs: int
+
+
+class Scorer(Protocol):
+    """Anything that scores responses."""
+
+    def score(self, sequences: Sequences) -> Float[Tensor, " batch"]:
+        """One finite number for each response; the higher, the better."""
+        ...
 
 
 class RewardHead(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ultrathink_model.alignment.learner import Learner
 from ultrathink_model.alignment.objectives import exact_kl
 from ultrathink_model.alignment.precision import in_run_precision
-from ultrathink_model.alignment.reward import RewardModel
+from ultrathink_model.alignment.reward import Scorer
 from ultrathink_model.alignment.sequences import (
     Sequences,
     pad_prompts,
@@ -86,7 +86,7 @@ def examine(
     sequences: Sequences,
     learner: Learner,
     reference: Transformer,
-    reward_model: RewardModel,
+    scorer: Scorer,
     rlhf: RLHFConfig,
     batch_size: int,
 ) -> Rollout:
@@ -107,7 +107,7 @@ def examine(
         values = torch.zeros_like(hidden[..., 0]) if learner.head is None else learner.head(hidden)
         parts.append(
             (
-                reward_model.score(rows),
+                scorer.score(rows),
                 token_logprobs(logits, rows.responses),
                 token_logprobs(reference_logits, rows.responses),
                 values,

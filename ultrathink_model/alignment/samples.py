@@ -1,8 +1,7 @@
 """Responses to held-out prompts before and after alignment, by the model it began with and the one it made."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

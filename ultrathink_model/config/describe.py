@@ -65,13 +65,17 @@ def render_markdown() -> str:
     for section in describe_config():
         parts += [f"## `{section.name}`", "", section.description, "", "| key | type | default | meaning |"]
         parts += ["|---|---|---|---|"]
-        parts += [f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.description)} |" for key in section.keys]
+        parts += [
+            f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.description)} |" for key in section.keys
+        ]
         parts += [""]
         for model in _nested_models(section.name):
             parts += [f"An entry of the list: {_summary(model)}", "", "| key | type | default | meaning |"]
             parts += ["|---|---|---|---|"]
             keys = [_describe_key(section.name, key, info) for key, info in _fields(model)]
-            parts += [f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.description)} |" for key in keys]
+            parts += [
+                f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.description)} |" for key in keys
+            ]
             parts += [""]
     return "\n".join(parts)
 

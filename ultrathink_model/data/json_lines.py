@@ -38,4 +38,15 @@ def _parse(raw: bytes, number: int, name: str) -> tuple[int, dict[str, object]] 
         return BadRow(name, number, "row is JSON", excerpt)
     if not isinstance(value, dict):
         return BadRow(name, number, "row is a JSON object", excerpt)
+    if b"\\u" in raw and not _is_unicode(value):
+        return BadRow(name, number, "row is Unicode", excerpt)
     return number, value
+
+
+def _is_unicode(value: object) -> bool:
+    """Whether no string within holds half of a surrogate pair, which JSON can spell and which no encoding can write."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """The loaders: batches of packed sequences in an order that no number of ranks or workers changes."""
 
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from itertools import count
@@ -16,6 +17,8 @@ from ultrathink_model.data.mixture import SampleOrder
 from ultrathink_model.data.pack import Row, padding_row, read_row
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PREFETCHED_STEPS = 4
 
@@ -107,7 +110,15 @@ class TrainLoader:
         self._workers = config.data.num_workers
         self._steps = _Steps(manifest, config, rank, world_size)
         self.epoch_sequences = self._steps.order.epoch_length
-        self.steps_per_epoch = -(-self.epoch_sequences // global_batch_size(config, world_size))
+        together = global_batch_size(config, world_size)
+        self.steps_per_epoch = -(-self.epoch_sequences // together)
+        logger.info(
+            "an epoch is %d of %d training sequences: %d steps of %d",
+            self.epoch_sequences,
+            manifest.splits["train"].sequences,
+            self.steps_per_epoch,
+            together,
+        )
 
     def __iter__(self) -> Iterator[list[Batch]]:
         if self._workers == 0:

@@ -1,5 +1,6 @@
 """Mixtures: which sources there are, and which of them gives the sample at a position."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,18 +73,23 @@ def apportion(weights: Sequence[float], seats: int) -> list[int]:
 class SampleOrder:
     """Where each global position's sample comes from: its source, and the sequence within the source.
 
-    Positions fall into blocks in which source k has exactly nₖ places, shuffled by (seed, block). Position p of block b
-    that falls on place j of source k is therefore that source's sample number b·nₖ + j: a count of the earlier samples
-    of k that needs none of them. Samples of a source are numbered through its epochs, each a new permutation by (seed,
-    source, epoch). With `train_samples`, a source uses only its share of that number: a random part of its sequences
-    (the first ones would be one period or one author), the same in every epoch, so that an epoch is a pass over it.
+    Positions fall into blocks in which source k has exactly nₖ places, shuffled by (seed, block). The j-th place of
+    source k in block b is therefore that source's sample number b·nₖ + j, and no block needs the ones before it. Samples
+    of a source are numbered through its epochs, each a new permutation by (seed, source, epoch), so that a source
+    repeats nothing before it has given everything. With `train_samples`, a source uses only its share of that number: a
+    random part of its sequences (the first ones would be one period or one author), the same in every epoch, so that an
+    epoch is a pass over it.
+
+    Args:
+        sequences: Training sequences of each source, at least 1.
+        weights: Shares of the sources, which sum to 1.
+        config: `training.seed` and `data.train_samples`.
     """
 
     def __init__(self, sequences: Sequence[int], weights: Sequence[float], config: Config) -> None:
         self._seed = config.training.seed
-        self._sequences = sequences
-        self._counts = np.asarray(apportion(weights, BLOCK) if len(weights) > 1 else [1], dtype=np.uint64)
-        self._starts = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.uint64)
+        self._sequences = list(sequences)
+        self._counts = tuple(apportion(weights, BLOCK))
         bound = config.data.train_samples
         self._used = [
             total if bound is None else min(total, max(1, round(bound * weight)))
@@ -96,16 +102,28 @@ class SampleOrder:
 
     def locate(self, positions: UInt) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source and the sequence within it of each global position, shapes (n,)."""
-        size = int(self._starts[-1])
-        block, place = positions // np.uint64(size), positions % np.uint64(size)
-        place = permute(place, size, mix(self._seed, 1, block))
-        source = np.searchsorted(self._starts, place, side="right") - 1
-        number = block * self._counts[source] + (place - self._starts[source])
+        source, number = self._count(positions)
         sequence = np.empty(positions.shape, dtype=np.int64)
         for index in np.unique(source):
             chosen = source == index
             sequence[chosen] = self._sequence_of(int(index), number[chosen])
-        return source.astype(np.int64), sequence
+        return source, sequence
+
+    def _count(self, positions: UInt) -> tuple[NDArray[np.int64], UInt]:
+        """The source of each position, and the number of its samples before that position."""
+        if len(self._sequences) == 1:
+            return np.zeros(positions.shape, dtype=np.int64), positions
+        source = np.empty(positions.shape, dtype=np.int64)
+        number = np.empty(positions.shape, dtype=np.uint64)
+        counts = np.asarray(self._counts, dtype=np.uint64)
+        blocks = positions // np.uint64(BLOCK)
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            sources, ranks = _lay_out_block(self._seed, int(block), self._counts)
+            places = positions[chosen] - block * np.uint64(BLOCK)
+            source[chosen] = sources[places]
+            number[chosen] = block * counts[sources[places]] + ranks[places]
+        return source, number
 
     def _sequence_of(self, source: int, number: UInt) -> NDArray[np.int64]:
         total, used = self._sequences[source], self._used[source]
@@ -114,3 +132,14 @@ class SampleOrder:
         if used < total:
             place = permute(place, total, mix(self._seed, 3, source))
         return place.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=4)
+def _lay_out_block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[NDArray[np.int64], UInt]:
+    """The source of each place of a block, and the place's rank among the places of its source."""
+    shuffled = permute(np.arange(BLOCK, dtype=np.uint64), BLOCK, mix(seed, 1, block))
+    sources = np.searchsorted(np.cumsum(counts), shuffled, side="right")
+    ranks = np.empty(BLOCK, dtype=np.uint64)
+    for index, count in enumerate(counts):
+        ranks[sources == index] = np.arange(count, dtype=np.uint64)
+    return sources, ranks

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ultrathink_model.data.document import BadRow, make_excerpt
 from ultrathink_model.data.json_lines import read_json_lines
-from ultrathink_model.data.schema import broken_rules
+from ultrathink_model.data.schema import broken_rules, text_column
 from ultrathink_model.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -38,23 +38,8 @@ class Preferences(BaseModel):
     quarantined: list[dict[str, object]]
 
 
-def _text_column(name: str) -> pa.Column:
-    return pa.Column(
-        object,
-        checks=[
-            pa.Check(lambda value: isinstance(value, str), element_wise=True, name=f"{name} is a string"),
-            pa.Check(
-                lambda value: not isinstance(value, str) or bool(value.strip()),
-                element_wise=True,
-                name=f"{name} is not empty",
-            ),
-        ],
-        nullable=True,
-    )
-
-
 PREFERENCE_SCHEMA = pa.DataFrameSchema(
-    {name: _text_column(name) for name in COLUMNS},
+    {name: text_column() for name in COLUMNS},
     checks=[
         pa.Check(
             lambda frame: frame["chosen"].map(repr) != frame["rejected"].map(repr),

@@ -60,6 +60,7 @@ def prepare_data(config: Config) -> DataManifest:
             f"data.cache_dir={config.data.cache_dir} cannot be written ({error}); free space there, or set another folder."
         ) from None
     manifest = load_manifest(folder)
+    check_fits(manifest.vocab_size, config.model.vocab_size, config.data.tokenizer_name)
     train, validation = manifest.splits["train"], manifest.splits["validation"]
     logger.info(
         "data %s: %s training and %s validation tokens in %s",
@@ -121,7 +122,7 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
     started = time.monotonic()
     intakes = [Intake(ingredient.source, config.data) for ingredient in ingredients]
     tokenizer = choose_tokenizer(config, intakes)
-    check_fits(tokenizer, config.model.vocab_size, config.data.tokenizer_name)
+    check_fits(tokenizer.vocab_size, config.model.vocab_size, config.data.tokenizer_name)
     tokenizer.save(part / "tokenizer")
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     infos = [

@@ -76,8 +76,12 @@ class TokenStream:
     """The shards of one source and split, read as one stream of tokens."""
 
     def __init__(self, root: Path, shards: list[ShardInfo], dtype: str) -> None:
-        self._tokens = [np.memmap(root / shard.tokens_file, dtype=np.dtype(dtype), mode="r") for shard in shards]
-        self._ends = [np.load(root / shard.documents_file, mmap_mode="r", allow_pickle=False) for shard in shards]
+        self._tokens = [
+            np.memmap(root / shard.tokens_file, dtype=np.dtype(dtype), mode="r").view(np.ndarray) for shard in shards
+        ]
+        self._ends = [
+            np.load(root / shard.documents_file, mmap_mode="r", allow_pickle=False).view(np.ndarray) for shard in shards
+        ]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
 
     def __len__(self) -> int:

@@ -114,16 +114,16 @@ class Tokenizer:
         return number
 
 
-def check_fits(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
+def check_fits(tokenizer_size: int, vocab_size: int, name: str) -> None:
     """Refuses a tokenizer whose ids the model's embedding does not hold.
 
     Raises:
         TokenizerError: The tokenizer has more ids than `model.vocab_size`.
     """
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer_size > vocab_size:
         raise TokenizerError(
-            f"data.tokenizer_name={name} has {tokenizer.vocab_size} ids, which is {tokenizer.vocab_size - vocab_size} more "
-            f"than model.vocab_size={vocab_size}; set model.vocab_size to {-(-tokenizer.vocab_size // 64) * 64} or more."
+            f"data.tokenizer_name={name} has {tokenizer_size} ids, which is {tokenizer_size - vocab_size} more "
+            f"than model.vocab_size={vocab_size}; set model.vocab_size to {-(-tokenizer_size // 64) * 64} or more."
         )
 
 

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and weights cut over the ranks."""
 
+import copy
 import dataclasses
 import importlib.util
 import logging
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp._common_utils import collect_grad_tensors
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
@@ -160,8 +162,13 @@ class _Zero:
 
     def initialise_state(self) -> None:
         """Makes the optimizer's state where no step has made it yet."""
-        initialise_state(self.inner)
-        if not self._is_sharded:
+        if self._is_sharded:
+            # Between steps ZeRO-3 leaves our optimizer's groups empty.
+            self.optimizer._set_fp32_optimizer_param_groups()
+            initialise_state(self.inner)
+            self.optimizer._clear_fp32_optimizer_param_groups()
+        else:
+            initialise_state(self.inner)
             # DeepSpeed 0.19 links weights to their state after the step of the first group, when those of the other
             # groups have none yet, and never again.
             self.optimizer._hp_optimizer_states_linked = False
@@ -191,7 +198,7 @@ class _Zero:
     @torch.no_grad()
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Sets a weight in the model; `refresh_fp32_params` copies it to the optimizer's piece."""
-        from deepspeed.zero import GatheredParameters  # noqa: PLC0415 - see `import_deepspeed`
+        from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415 - see `import_deepspeed`
 
         with GatheredParameters([parameter], modifier_rank=0, enabled=self._is_sharded):
             parameter.copy_(value)
@@ -237,7 +244,7 @@ def apply_to_tensors(function: Callable[[Tensor], Tensor], value: Any, warning_m
 
     ZeRO-3 gathers a module's weights for the backward pass by hooks on the tensors of its outputs. Its own function
     does not look into dataclasses, which our modules return: a gradient that comes by an auxiliary loss would meet
-    weights that are not there.
+    weights that are not there. A dataclass without a gradient inside is passed on as it is.
     """
     if isinstance(value, Tensor):
         touched = function(value)
@@ -249,9 +256,13 @@ def apply_to_tensors(function: Callable[[Tensor], Tensor], value: Any, warning_m
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict):
         return {key: apply_to_tensors(function, part) for key, part in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts_by_name = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **apply_to_tensors(function, parts_by_name))
+    if dataclasses.is_dataclass(value) and collect_grad_tensors(value):
+        changed = copy.copy(value)
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            if collect_grad_tensors(part):
+                object.__setattr__(changed, field.name, apply_to_tensors(function, part))
+        return changed
     return value
 
 

@@ -38,6 +38,9 @@ def deepspeed_config(config: Config, context: RankContext) -> dict[str, Any]:
             raise ConfigError(f"{path}: the section {section} is not read; set {remedy} in the config, and remove it")
     for name, ours in _decided_values(config, context).items():
         _fill(values, name.split("."), ours, path or "")
+    zero = values.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage={zero.get('stage')} is not 1, 2 or 3")
     left = _autos(values)
     if left:
         raise ConfigError(f'{path}: {left[0]}="auto" cannot be filled from our config; give it a value, or remove it')

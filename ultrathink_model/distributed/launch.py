@@ -1,6 +1,7 @@
 """Starting the ranks of this machine from inside one process, and hearing how they ended."""
 
 import base64
+import importlib
 import json
 import logging
 import os
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 
-from ultrathink_model import errors
 from ultrathink_model.config import Config
 from ultrathink_model.distributed import rank as rank_process
 from ultrathink_model.distributed.context import strategy_name
@@ -36,6 +36,8 @@ from ultrathink_model.distributed.rank import die_with_parent
 die_with_parent()
 runpy.run_module("deepspeed.launcher.launch", run_name="__main__")
 """
+
+INTERRUPTED = "builtins:KeyboardInterrupt"
 
 AGENT_LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
@@ -219,7 +221,7 @@ def _raise_first_failure(left: dict[int, Outcome], count: int, ending: Ending) -
     """Raises the error that began it: later ones are often only the others' lost connections."""
     by_time = sorted(left.values(), key=lambda outcome: outcome.time)
     refused = [outcome for outcome in by_time if outcome.kind == "refused"]
-    crashed = [outcome for outcome in by_time if outcome.kind == "crashed" and outcome.error != "KeyboardInterrupt"]
+    crashed = [outcome for outcome in by_time if outcome.kind == "crashed" and outcome.error != INTERRUPTED]
     stopped = [outcome for outcome in by_time if outcome.kind == "stopped"]
     silent = sorted(set(range(count)) - set(left))
     if refused:
@@ -237,7 +239,10 @@ def _raise_first_failure(left: dict[int, Outcome], count: int, ending: Ending) -
 
 
 def _typed_error(outcome: Outcome) -> UltrathinkError:
-    return getattr(errors, outcome.error, UltrathinkError)(outcome.message)
+    module, _, name = outcome.error.partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    assert issubclass(kind, UltrathinkError)
+    return kind(outcome.message)
 
 
 def _stopped_early(received: signal.Signals) -> str:

@@ -31,7 +31,7 @@ class Outcome(BaseModel):
 
     Attributes:
         kind: `done`; `stopped` by a signal after saving; `refused` with a typed error; `crashed` otherwise.
-        error: Name of the error's class.
+        error: The error's class, as `module:name`.
         message: Its message.
         trace: Its traceback, for a crash.
         time: Seconds since 1970, to tell the first error from those that followed.
@@ -59,7 +59,7 @@ def main() -> None:
 
     def note_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
-        _leave(folder, Outcome(rank=rank, kind="crashed", error=kind.__name__, message=str(error), trace=text))
+        _leave(folder, Outcome(rank=rank, kind="crashed", error=_name_of(kind), message=str(error), trace=text))
 
     sys.excepthook = note_crash
     known = set(sys.path)
@@ -70,10 +70,10 @@ def main() -> None:
     except TrainingStoppedError as error:
         # A rank that has stopped as asked leaves with 0: the others may still be writing, and a launcher kills them
         # at the first rank that fails.
-        _leave(folder, Outcome(rank=rank, kind="stopped", error=type(error).__name__, message=str(error)))
+        _leave(folder, Outcome(rank=rank, kind="stopped", error=_name_of(type(error)), message=str(error)))
         return
     except UltrathinkError as error:
-        _leave(folder, Outcome(rank=rank, kind="refused", error=type(error).__name__, message=str(error)))
+        _leave(folder, Outcome(rank=rank, kind="refused", error=_name_of(type(error)), message=str(error)))
         sys.exit(error.exit_code)
     if rank == 0:
         (folder / RESULT_FILE).write_bytes(pickle.dumps(result))
@@ -84,6 +84,10 @@ def die_with_parent() -> None:
     """Has the kernel kill this process when the one that started it dies, so that no rank trains on unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _name_of(kind: type[BaseException]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _leave(folder: Path, outcome: Outcome) -> None:

@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import torch
+
 from ultrathink_model.config import Config
 from ultrathink_model.data.manifest import load_manifest
 from ultrathink_model.evaluation.result import EvaluationResult
 from ultrathink_model.export.model_card import ModelCard, SourceFacts, StageFacts
 from ultrathink_model.models.hf import read_model_config
-from ultrathink_model.models.weight_files import WeightFiles
+from ultrathink_model.models.moe import MixtureOfExperts
+from ultrathink_model.models.transformer import Transformer
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.result import load_result
 
@@ -24,7 +27,7 @@ def describe_model(final_model: Path) -> ModelCard:
     config = read_model_config(final_model)
     run = RunFolder(final_model.parent)
     record, result = run.record(), load_result(run.path)
-    total, active = count_parameters(final_model, config)
+    total, active = count_parameters(config)
     return ModelCard(
         name=record.run_name if record else final_model.name,
         config=config,
@@ -37,15 +40,15 @@ def describe_model(final_model: Path) -> ModelCard:
     )
 
 
-def count_parameters(final_model: Path, config: Config) -> tuple[int, int]:
-    """Weights in the folder's files, and those among them that one token meets."""
-    total = experts = 0
-    for name, weight in WeightFiles(final_model).items():
-        total += weight.numel()
-        experts += weight.numel() if ".experts." in name else 0
-    if not experts:
-        return total, total
-    return total, total - experts + experts * config.moe.moe_top_k // config.moe.num_experts
+def count_parameters(config: Config) -> tuple[int, int]:
+    """The weights of a model, and those among them that one token meets: all but the experts it is not sent to."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    total = sum(weight.numel() for weight in model.parameters())
+    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    experts = sum(mixture.gate_up.numel() + mixture.down.numel() for mixture in mixtures)
+    moe = config.moe
+    return total, total - experts + (experts // moe.num_experts * moe.moe_top_k if experts else 0)
 
 
 def _stages(final_model: Path) -> list[StageFacts]:

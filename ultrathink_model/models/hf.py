@@ -6,26 +6,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from torch import Tensor
 
 from ultrathink_model.config import Config, load_config, save_config
 from ultrathink_model.errors import CheckpointError
-from ultrathink_model.models.hf_config import CONFIG_FILE, config_from_hugging_face, hugging_face_config
+from ultrathink_model.models.hf_code import write_modelling_code
+from ultrathink_model.models.hf_config import (
+    CONFIG_FILE,
+    config_from_hugging_face,
+    hugging_face_config,
+    is_own_architecture,
+    read_json,
+)
 from ultrathink_model.models.model_folder import existing_folder, replaced_folder
 from ultrathink_model.models.qwen3_weights import from_qwen3, to_qwen3
+from ultrathink_model.models.tokenizer_files import special_ids, tokenizer_files
 from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.weight_files import WeightFiles, write_weights
 
 RUN_CONFIG_FILE = "ultrathink.yaml"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+# Loads and thresholds of the routers beside Qwen3's weights, where readers of its safetensors do not stumble on them.
+ROUTING_FILE = "routing_state.json"
+# Our model is the attribute `model` of the class that `transformers` loads.
+OWN_PREFIX = "model."
 
 
 def save_model(
@@ -50,18 +54,30 @@ def save_model(
     Raises:
         CheckpointError: `tokenizer_folder` holds no tokenizer.
     """
-    tokenizer = _tokenizer_files(Path(tokenizer_folder))
+    tokenizer = tokenizer_files(Path(tokenizer_folder))
     config = config or model.config
     state = model.state_dict() if state is None else state
     with replaced_folder(Path(folder)) as new:
-        write_weights(to_qwen3(state, config), new)
+        _write_state(state, model, new)
         for path in tokenizer:
             shutil.copyfile(path, new / path.name)
-        special_ids = _special_ids(Path(tokenizer_folder))
-        write_json(new / CONFIG_FILE, hugging_face_config(config) | special_ids | {"dtype": _dtype(state)})
-        write_json(new / "generation_config.json", special_ids | {"do_sample": True})
+        ids = special_ids(Path(tokenizer_folder))
+        write_json(new / CONFIG_FILE, hugging_face_config(model.config) | ids | {"dtype": _dtype(state)})
+        write_json(new / "generation_config.json", ids)
         save_config(config, new / RUN_CONFIG_FILE)
         (new / "README.md").write_text(_card(config, model), encoding="utf-8")
+
+
+def _write_state(state: Mapping[str, Tensor], model: Transformer, folder: Path) -> None:
+    if is_own_architecture(model.config):
+        write_weights(((f"{OWN_PREFIX}{name}", tensor) for name, tensor in state.items()), folder)
+        write_modelling_code(folder)
+        return
+    write_weights(to_qwen3(state, model.config), folder)
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = {name: tensor.tolist() for name, tensor in state.items() if name not in parameters}
+    if buffers:
+        write_json(folder / ROUTING_FILE, buffers)
 
 
 def read_model_config(folder: Path) -> Config:
@@ -83,7 +99,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:
     """
     config = read_model_config(folder)
     model = build_model(config, device)
-    copy_weights(model, read_weights(folder, config), folder)
+    state = model.state_dict()
+    for name, weight in read_weights(folder, config):
+        copy_weight(state, name, weight, folder)
     return model
 
 
@@ -93,52 +111,34 @@ def read_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     Raises:
         CheckpointError: Files or weights are missing or damaged.
     """
-    return from_qwen3(WeightFiles(existing_folder(Path(folder))), config)
+    folder = existing_folder(Path(folder))
+    files = WeightFiles(folder)
+    if is_own_architecture(config):
+        yield from ((name.removeprefix(OWN_PREFIX), files[name]) for name in files)
+        return
+    yield from from_qwen3(files, config)
+    if (folder / ROUTING_FILE).is_file():
+        yield from ((name, torch.tensor(values)) for name, values in read_json(folder / ROUTING_FILE).items())
 
 
 @torch.no_grad()
-def copy_weights(model: Transformer, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Fills the model with `weights`, which must fit it.
+def copy_weight(state: Mapping[str, Tensor], name: str, weight: Tensor, folder: Path) -> None:
+    """Copies a weight of `folder` into the model's state, whatever its number format.
 
     Raises:
-        CheckpointError: A weight has another shape than the model's.
+        CheckpointError: It has another shape than the model's.
     """
-    state = model.state_dict()
-    for name, weight in weights:
-        if weight.shape != state[name].shape:
-            raise CheckpointError(
-                f"{folder}: {name} is {tuple(weight.shape)} there and {tuple(state[name].shape)} by its own config; "
-                "its files do not belong together."
-            )
-        state[name].copy_(weight)
+    if weight.shape != state[name].shape:
+        raise CheckpointError(
+            f"{folder}: {name} is {tuple(weight.shape)}, where its config makes {tuple(state[name].shape)}; "
+            "its files do not belong together. Copy or save the model again."
+        )
+    state[name].copy_(weight)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes indented JSON in UTF-8."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not (folder / TOKENIZER_FILES[0]).is_file():
-        raise CheckpointError(
-            f"{folder} holds no tokenizer.json, so the model could not be used; prepare the data again."
-        )
-    return files
-
-
-def _special_ids(folder: Path) -> dict[str, int]:
-    """Ids of the tokenizer's begin, end and padding token, as far as it names them."""
-    settings_file = folder / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids: dict[str, int] = {}
-    for name in ("bos", "eos", "pad"):
-        token = settings.get(f"{name}_token")
-        number = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
-        if number is not None:
-            ids[f"{name}_token_id"] = number
-    return ids
 
 
 def _dtype(state: Mapping[str, Tensor]) -> str:

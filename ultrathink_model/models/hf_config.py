@@ -5,15 +5,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ultrathink_model.config import Config, make_config
 from ultrathink_model.errors import CheckpointError
+from ultrathink_model.models.hf_code import AUTO_MAP
 
 CONFIG_FILE = "config.json"
+OWN_MODEL_TYPE = "ultrathink"
+# The sections that the model's modules read.
+ARCHITECTURE_SECTIONS = ("model", "advanced", "moe", "dre")
+
+
+def is_own_architecture(config: Config) -> bool:
+    """Whether `transformers` has no class for the model, so that its folder must bring the modelling code."""
+    return config.advanced.enable_dre
 
 
 def hugging_face_config(config: Config) -> dict[str, Any]:
-    """The content of `config.json`: Qwen3's, or Qwen3-MoE's where any block is a mixture."""
+    """The content of `config.json`: Qwen3's, Qwen3-MoE's where any block is a mixture, or that of our own class."""
+    if is_own_architecture(config):
+        return _own_config(config)
     return _mixture_config(config) if config.advanced.enable_moe else _dense_config(config)
+
+
+def _own_config(config: Config) -> dict[str, Any]:
+    return _shared_config(config) | {
+        "architectures": ["UltrathinkForCausalLM"],
+        "model_type": OWN_MODEL_TYPE,
+        "auto_map": AUTO_MAP,
+        "architecture": {name: _resolved(getattr(config, name)) for name in ARCHITECTURE_SECTIONS},
+    }
+
+
+def _resolved(section: BaseModel) -> dict[str, Any]:
+    """Every value of a section, and what its properties make of them."""
+    properties = [name for name, member in vars(type(section)).items() if isinstance(member, property)]
+    return section.model_dump(mode="json") | {name: getattr(section, name) for name in properties}
 
 
 def _dense_config(config: Config) -> dict[str, Any]:
@@ -36,11 +64,16 @@ def _mixture_config(config: Config) -> dict[str, Any]:
         "mlp_only_layers": [],
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.moe_top_k,
-        "moe_intermediate_size": moe.expert_hidden_size or config.model.feed_forward_size // moe.moe_top_k,
+        "moe_intermediate_size": expert_width(config),
         "norm_topk_prob": True,
         "router_aux_loss_coef": moe.load_balance_weight,
         "output_router_logits": False,
     }
+
+
+def expert_width(config: Config) -> int:
+    """Width of one expert, resolved."""
+    return config.moe.expert_hidden_size or config.model.feed_forward_size // config.moe.moe_top_k
 
 
 def _shared_config(config: Config) -> dict[str, Any]:
@@ -109,7 +142,7 @@ def config_from_hugging_face(folder: Path) -> Config:
 
 def _read_with_defaults(folder: Path) -> dict[str, Any]:
     """`config.json` with what it leaves out, since `transformers` need not write a value that is its default."""
-    model_type = read_config_json(folder).get("model_type")
+    model_type = read_json(folder / CONFIG_FILE).get("model_type")
     if model_type not in ("qwen3", "qwen3_moe"):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: model_type {model_type!r} is not one of qwen3, qwen3_moe, nor is there an "
@@ -122,21 +155,20 @@ def _read_with_defaults(folder: Path) -> dict[str, Any]:
     return values | {"num_experts": getattr(theirs, "num_experts", None)}
 
 
-def read_config_json(folder: Path) -> Mapping[str, Any]:
-    """`config.json` as it stands.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
 
     Raises:
-        CheckpointError: It is missing or is not a JSON object.
+        CheckpointError: The file is missing or does not hold a JSON object.
     """
-    path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; name the final_model/ folder of a finished run.") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; export the model again.") from None
+        raise CheckpointError(f"{path} is not JSON: {error}; copy or save the model again.") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, not an object; export the model again.")
+        raise CheckpointError(f"{path} holds {type(values).__name__}, not an object; copy or save the model again.")
     return values
 
 

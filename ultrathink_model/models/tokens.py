@@ -1,7 +1,6 @@
 """What attention and routing must know about each token: where it stands and whom it may see."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,6 +20,8 @@ class Tokens:
     valid: Bool[Tensor, "batch seq"] | None = None
     source_groups: Int[Tensor, "batch seq"] | None = None
     sliding_window: int | None = None
+    # Holds the mask once it is made. `cached_property` has a lock, which torch.compile does not enter.
+    _self_mask: list[Tensor | None] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def select(self, index: Int[Tensor, "batch chosen"]) -> "Tokens":
         """The tokens at `index` of each row, which must be in rising order."""
@@ -36,12 +37,18 @@ class Tokens:
             source_groups=chosen(self.source_groups),
         )
 
-    @cached_property
+    @property
     def self_mask(self) -> Bool[Tensor, "batch 1 seq seq"] | None:
         """Which token may look at which, within the grid; None where the plain causal triangle says it all."""
-        if self.document_ids is None and self.valid is None and self._window_reaches_all:
-            return None
-        return self.mask_over(self)
+        if not self._self_mask:
+            plain = self.document_ids is None and self.valid is None and self._window_reaches_all
+            self._self_mask.append(None if plain else self.mask_over(self))
+        return self._self_mask[0]
+
+    def with_mask(self) -> "Tokens":
+        """These tokens, their mask made now: a compiled block that is checkpointed may not make it as it goes."""
+        _ = self.self_mask
+        return self
 
     @property
     def _window_reaches_all(self) -> bool:

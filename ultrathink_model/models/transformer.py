@@ -119,6 +119,8 @@ class Transformer(nn.Module):
         """
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         tokens = Tokens(positions, document_ids, attention_mask, source_groups, self.config.model.sliding_window)
+        if cache is None:
+            tokens = tokens.with_mask()
         rotation = self._rotation_table(start + input_ids.shape[1], input_ids.device)
         x = self.embedding(input_ids)
         report = Routing()
@@ -153,6 +155,9 @@ class Transformer(nn.Module):
     def _rotation_table(self, length: int, device: torch.device) -> Rotation:
         model = self.config.model
         table = self._rotation
+        if torch.compiler.is_compiling():
+            # A table that is kept would have the model compiled once more after its first call.
+            return Rotation.table(length, model.head_size, model.rope_theta, device)
         if table is None or table.cos.shape[0] < length or table.cos.device != device:
             table = Rotation.table(max(length, model.max_seq_length), model.head_size, model.rope_theta, device)
             self._rotation = table

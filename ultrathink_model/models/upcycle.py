@@ -1,39 +1,40 @@
 """Starting a model from a trained one, with features switched on that the trained one does not have."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ultrathink_model.config import Config
 from ultrathink_model.errors import CheckpointError
-from ultrathink_model.models.hf import read_model_config, read_weights
+from ultrathink_model.models.hf import copy_weight, read_model_config, read_weights
 from ultrathink_model.models.hf_config import expert_width
-from ultrathink_model.models.transformer import Transformer, is_mixture
+from ultrathink_model.models.model_folder import existing_folder
+from ultrathink_model.models.tokenizer_files import TOKENIZER_FILE, vocabulary
+from ultrathink_model.models.transformer import Transformer, is_mixture, is_routed
 
-# What must be equal for the two models to compute the same function.
-MODEL_SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "kv_heads",
-    "head_size",
-    "feed_forward_size",
-    "rope_theta",
-    "norm_eps",
-    "tie_embeddings",
-    "sliding_window",
-)
-MIXTURE_SHAPE = ("num_experts", "moe_top_k", "expert_width", "layer_frequency")
-ROUTED_SHAPE = ("layer_frequency",)
+# Key of the section `model` to the property that resolves it: what the function of the model depends on.
+MODEL_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "num_kv_heads": "kv_heads",
+    "head_dim": "head_size",
+    "intermediate_size": "feed_forward_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "norm_eps",
+    "tie_embeddings": "tie_embeddings",
+    "sliding_window": "sliding_window",
+}
 
 
 @dataclass
 class InitReport:
-    """Where the model's weights and buffers come from, by name.
+    """Where the weights and buffers of a model come from, by their names.
 
     Attributes:
         taken: From the source, as they were.
@@ -51,16 +52,17 @@ class InitReport:
 
 
 @torch.no_grad()
-def initialise_from(model: Transformer, folder: Path) -> InitReport:
+def initialise_from(model: Transformer, folder: Path, tokenizer_folder: Path | None = None) -> InitReport:
     """Gives a freshly built model the weights of `folder`, so that it computes the same function.
 
     What the source does not have is left as `build_model` made it, which is neutral for depth routers. Dense
-    feed-forwards become experts by `split_into_experts`. The first step's loss is the source's up to rounding, unless
-    `moe.upcycle_noise`, `moe.expert_capacity` or a depth budget without warm-up says otherwise.
+    feed-forwards become experts; see `split_into_experts`. The first step's loss is the source's up to rounding,
+    unless `moe.upcycle_noise`, `moe.expert_capacity` or a depth budget without warm-up says otherwise.
 
     Args:
         model: A model from `build_model`.
         folder: The trained model: a `final_model/`, or a Qwen3 or Qwen3-MoE folder.
+        tokenizer_folder: The tokenizer of this run, which must have the source's vocabulary; None compares nothing.
 
     Raises:
         CheckpointError: The folder holds no model, or its model cannot become this one.
@@ -68,16 +70,143 @@ def initialise_from(model: Transformer, folder: Path) -> InitReport:
     folder, target = Path(folder), model.config
     source = read_model_config(folder)
     _refuse_what_differs(source, target, folder)
-    generator = torch.Generator().manual_seed(target.training.seed)
+    if tokenizer_folder is not None:
+        _refuse_other_vocabulary(folder, Path(tokenizer_folder))
     report = InitReport()
     state = model.state_dict()
+    generator = torch.Generator().manual_seed(target.training.seed)
+    becoming: dict[str, dict[str, Tensor]] = {
+        f"blocks.{layer}.feed_forward": {}
+        for layer in range(target.model.num_layers)
+        if is_mixture(target, layer) and not is_mixture(source, layer)
+    }
     for name, weight in read_weights(folder, source):
-        experts = _experts_of(name, source, target)
-        if experts is None:
-            _copy(state[name], weight, name, folder)
+        block, _, part = name.removesuffix(".weight").rpartition(".")
+        if block not in becoming:
+            copy_weight(state, name, weight, folder)
             report.taken.append(name)
-        elif name.endswith("gate_up.weight"):
-            gate_up = split_gate_up(weight, target.moe.num_experts, expert_width(target))
-            ...
+            continue
+        becoming[block][part] = weight
+        if len(becoming[block]) == len(("gate_up", "down")):
+            report.split += _become_mixture(state, block, becoming.pop(block), target, generator)
     report.new = [name for name in state if name not in {*report.taken, *report.split}]
     return report
+
+
+def split_into_experts(
+    gate_up: Float[Tensor, "double_width hidden"],
+    down: Float[Tensor, "hidden width"],
+    num_experts: int,
+    num_shards: int,
+) -> tuple[Float[Tensor, "experts double_part hidden"], Float[Tensor, "experts hidden part"]]:
+    """Experts that together are the dense feed-forward.
+
+    The neurons are cut into m shards, and expert i holds shard i mod m with its output times m. Experts i·m to
+    i·m + m - 1 are thus a whole copy of the feed-forward. With one router row for each copy they have the same
+    logit, so the k best, m dividing k, are whole copies; their weights sum to 1, so the sum is the dense output.
+
+    Sparse upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055) with the virtual groups of He et al. 2024
+    (arXiv 2410.07524).
+
+    Args:
+        gate_up: Rows of the gate, then of the up projection.
+        down: The down projection.
+        num_experts: A multiple of `num_shards`.
+        num_shards: m, a divisor of the width; 1 copies the feed-forward whole.
+    """
+    gate, up = (part.unflatten(0, (num_shards, -1)) for part in gate_up.chunk(2))  # (shards, part, hidden)
+    shards = torch.cat((gate, up), dim=1)
+    down_shards = down.unflatten(1, (num_shards, -1)).transpose(0, 1) * num_shards  # (shards, hidden, part)
+    copies = num_experts // num_shards
+    return shards.repeat(copies, 1, 1), down_shards.repeat(copies, 1, 1)
+
+
+def _become_mixture(
+    state: dict[str, Tensor], block: str, dense: dict[str, Tensor], target: Config, generator: torch.Generator
+) -> list[str]:
+    """Fills the mixture at `block` from the dense weights; returns the names of what it filled."""
+    num_shards = target.model.feed_forward_size // expert_width(target)
+    experts = split_into_experts(dense["gate_up"], dense["down"], target.moe.num_experts, num_shards)
+    names = [f"{block}.gate_up", f"{block}.down"]
+    for name, weight in zip(names, experts, strict=True):
+        if target.moe.upcycle_noise:
+            spread = target.moe.upcycle_noise * weight.std()
+            weight.add_(spread * torch.randn(weight.shape, generator=generator))
+        state[name].copy_(weight)
+    router = state[f"{block}.router.weight"]
+    router.copy_(router[::num_shards].repeat_interleave(num_shards, dim=0))
+    return [*names, f"{block}.router.weight"]
+
+
+def _refuse_what_differs(source: Config, target: Config, folder: Path) -> None:
+    differences = [
+        f"model.{key}={getattr(target.model, resolved)}, {getattr(source.model, resolved)} there"
+        for key, resolved in MODEL_KEYS.items()
+        if getattr(target.model, resolved) != getattr(source.model, resolved)
+    ]
+    if source.advanced.enable_moe:
+        differences += _mixture_differences(source, target)
+    elif target.advanced.enable_moe:
+        _refuse_uneven_split(target, folder)
+    if source.advanced.enable_dre and not _same_blocks(is_routed, source, target):
+        differences.append(
+            f"advanced.enable_dre={target.advanced.enable_dre} with dre.layer_frequency={target.dre.layer_frequency}, "
+            f"{source.advanced.enable_dre} with {source.dre.layer_frequency} there"
+        )
+    if differences:
+        raise CheckpointError(
+            f"--init-from {folder} does not fit this run: {'; '.join(differences)}. Give the run the source's values."
+        )
+
+
+def _mixture_differences(source: Config, target: Config) -> list[str]:
+    if not target.advanced.enable_moe:
+        return ["advanced.enable_moe=False, and a mixture there, which no dense feed-forward can stand in for"]
+    keys = {
+        "moe.layer_frequency": lambda config: config.moe.layer_frequency,
+        "experts of all groups": lambda config: config.moe.num_experts,
+        "moe.moe_top_k": lambda config: config.moe.moe_top_k,
+        "moe.expert_hidden_size": expert_width,
+    }
+    return [
+        f"{key}={value(target)}, {value(source)} there" for key, value in keys.items() if value(target) != value(source)
+    ]
+
+
+def _same_blocks(kind: Callable[[Config, int], bool], source: Config, target: Config) -> bool:
+    return all(kind(source, layer) == kind(target, layer) for layer in range(source.model.num_layers))
+
+
+def _refuse_uneven_split(target: Config, folder: Path) -> None:
+    width, part, moe = target.model.feed_forward_size, expert_width(target), target.moe
+    start = f"--init-from {folder}: a dense feed-forward of {width} units"
+    shards = width // part
+    if width % part:
+        raise CheckpointError(
+            f"{start} does not split into experts of {part}: {width} / {part} = {width / part:g}; "
+            f"set moe.expert_hidden_size to {width}, or to {width} divided by a divisor of moe.moe_top_k={moe.moe_top_k}."
+        )
+    if moe.moe_top_k % shards:
+        raise CheckpointError(
+            f"{start} splits into {width} / {part} = {shards} experts, which moe.moe_top_k={moe.moe_top_k} does not "
+            f"choose whole; set moe.moe_top_k to a multiple of {shards}, or moe.expert_hidden_size to {width}."
+        )
+    if moe.num_experts % shards:
+        raise CheckpointError(
+            f"{start} splits into {width} / {part} = {shards} experts, of which {moe.num_experts} are "
+            f"{moe.num_experts / shards:g} copies; change moe.num_knowledge_experts so that all groups together hold "
+            f"a multiple of {shards}."
+        )
+
+
+def _refuse_other_vocabulary(folder: Path, tokenizer_folder: Path) -> None:
+    source_folder = existing_folder(folder)
+    if not (source_folder / TOKENIZER_FILE).is_file():
+        return
+    there, here = vocabulary(source_folder), vocabulary(tokenizer_folder)
+    if there != here:
+        common = sum(here.get(token) == number for token, number in there.items())
+        raise CheckpointError(
+            f"--init-from {folder} was trained with another tokenizer: of its {len(there)} tokens {common} have the "
+            f"same id among the {len(here)} of {tokenizer_folder}. Set data.tokenizer_name={folder}."
+        )

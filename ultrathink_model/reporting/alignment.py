@@ -34,7 +34,12 @@ def alignment_facts(stage: Stage) -> list[tuple[str, str]]:
     facts = []
     accuracy = stage.last("rlhf/reward_accuracy")
     if accuracy is not None:
-        facts.append(("reward model, held-out pairs ranked right", f"{100 * accuracy:.1f} %"))
+        by_length = stage.last("rlhf/length_accuracy")
+        beside = f" (by length alone {100 * by_length:.1f} %)" if by_length is not None else ""
+        facts.append(("reward model, held-out pairs ranked right", f"{100 * accuracy:.1f} %{beside}"))
+    before, after = stage.last("rlhf/heldout_reward_before"), stage.last("rlhf/heldout_reward")
+    if before is not None and after is not None:
+        facts.append(("mean reward on held-out prompts, before and after", f"{before:.3f} → {after:.3f}"))
     _, rewards = stage.curve("rlhf/reward", "step")
     if rewards:
         tenth = max(1, len(rewards) // 10)

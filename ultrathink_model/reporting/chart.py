@@ -82,7 +82,7 @@ class LineChart:
 
     def x_ticks(self) -> list[Label]:
         """Labels of the horizontal axis, from the left."""
-        ticks = round_ticks(*self._x_bounds, 5)
+        ticks = round_ticks(*self._x_bounds, 5, least_step=1.0)
         return [Label(self._across(tick), text) for tick, text in zip(ticks, tick_labels(ticks), strict=True)]
 
     def y_ticks(self) -> list[Label]:
@@ -135,6 +135,8 @@ class LineChart:
     def _x_bounds(self) -> tuple[float, float]:
         values = [value for series in self.series for value in series.x]
         low, high = min(values), max(values)
+        # Room for the mark of a last point.
+        high += 0.01 * (high - low) if any(series.style == "marked" for series in self.series) else 0.0
         return (low, high) if high > low else (low - 0.5, high + 0.5)
 
     @property

@@ -37,7 +37,7 @@ def loss_chart(stages: Sequence[Stage]) -> LineChart | None:
     """Training and validation loss of every stage, with the baselines' losses as levels."""
     train = stage_series(stages, "train/loss", "{stage}, training", style="faint")
     validation = stage_series(stages, "val/loss", "{stage}, validation", style="marked")
-    if not train and not validation:
+    if not any(len(series.x) > 1 for series in train + validation):
         return None
     levels = baseline_levels(stages)
     held_out = [value for series in validation for value in series.y]

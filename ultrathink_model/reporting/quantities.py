@@ -6,13 +6,21 @@ NARROW_SPACE = "\u202f"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def round_ticks(low: float, high: float, target: int) -> list[float]:
-    """Round numbers within [low, high], about `target` of them, evenly spaced by 1, 2, 2.5 or 5 times a power of ten."""
+def round_ticks(low: float, high: float, target: int, least_step: float = 0.0) -> list[float]:
+    """Round numbers within [low, high], about `target` of them, evenly spaced by 1, 2, 2.5 or 5 times a power of ten.
+
+    Args:
+        low: First number of the axis.
+        high: Last one.
+        target: Most ticks wanted; there may be one more.
+        least_step: Least distance of two ticks; 1 where only whole numbers mean anything.
+    """
     span = high - low
     if span <= 0 or not math.isfinite(span):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / target))
     step = next((factor * power for factor in (1, 2, 2.5, 5) if span / (factor * power) <= target), 10 * power)
+    step = max(step, least_step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 

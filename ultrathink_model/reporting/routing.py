@@ -84,7 +84,8 @@ def routing_charts(stages: Sequence[Stage]) -> list[LineChart]:
         )
     for title, metric, unit, levels in (
         ("Reasoning compute", "train/dre/compute", "passes per token", _budgets(stages)),
-        ("Router entropy", "train/moe/entropy", "nats", []),
+        ("Fullest expert", "train/moe/max_load", "times its fair share", [Level("fair", 1.0)]),
+        ("Router entropy", "train/moe/entropy", "share of an even choice's", []),
         ("Dropped tokens", "train/moe/dropped", "share of tokens", []),
     ):
         series = stage_series(stages, metric)

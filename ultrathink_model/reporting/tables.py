@@ -11,6 +11,7 @@ from ultrathink_model.reporting.quantities import NARROW_SPACE, duration, short
 from ultrathink_model.reporting.stages import Stage
 
 TASK = "eval/validation/"
+TRAINING = ("train/", "rlhf/")
 # Measure and decimals, in the order of the table's columns.
 MEASURES = {"bits_per_byte": 3, "loss": 3, "perplexity": 1}
 
@@ -48,7 +49,8 @@ def stage_facts(stage: Stage) -> list[tuple[str, str]]:
     speeds = stage.curve("train/tokens_per_second", "step")[1]
     if speeds:
         facts.append(("tokens per second", short(median(speeds))))
-    times = [row["time"] for row in stage.rows if "time" in row]
+    # Evaluation adds a line of its own, perhaps hours later.
+    times = [row["time"] for row in stage.rows if "time" in row and any(name.startswith(TRAINING) for name in row)]
     if len(times) > 1:
         facts.append(("time", duration(times[-1] - times[0])))
     return facts

@@ -28,6 +28,7 @@ RUN_FILES = (
     "evaluation.json",
     "samples.json",
     "routing.json",
+    "result.json",
 )
 
 # These decide how a run is watched or carried out, not what it computes.

@@ -104,12 +104,14 @@ def resume_point(
         last = claim.named.manifest.position.step
         # They are of a future that is now lived again; a later start must not go on from them.
         drop_checkpoints((step, path) for step, path in folder.checkpoints() if step > last)
-        return claim.named
-    found = newest_valid_checkpoint(folder.checkpoints()) if claim.goes_on else None
-    if found is None:
-        return None
-    point = ResumePoint(*found)
-    require_fit(point, config, manifest, global_batch)
+        point = claim.named
+    else:
+        found = newest_valid_checkpoint(folder.checkpoints()) if claim.goes_on else None
+        if found is None:
+            return None
+        point = ResumePoint(*found)
+        require_fit(point, config, manifest, global_batch)
+    log_changes(point, config)
     return point
 
 
@@ -151,7 +153,7 @@ def find_named(path: Path) -> ResumePoint:
 
 
 def require_fit(point: ResumePoint, config: Config, manifest: DataManifest, global_batch: int) -> None:
-    """Refuses a checkpoint of other data or another model, and shows in the log what else has changed.
+    """Refuses a checkpoint of other data or another model.
 
     Raises:
         CheckpointError: Tokenizer, data, architecture, optimizer or global batch differ; the message says how.
@@ -174,7 +176,11 @@ def require_fit(point: ResumePoint, config: Config, manifest: DataManifest, glob
             f"{point.folder} cannot be resumed by this run, which differs in what cannot change: {'; '.join(refused)}. "
             "Put these back, or start anew with training.resume=never (--init-from takes the weights alone)."
         )
-    for key, (before, now) in changes.items():
+
+
+def log_changes(point: ResumePoint, config: Config) -> None:
+    """Shows in the log each key whose value the checkpoint was saved with another of."""
+    for key, (before, now) in _changes(point.manifest.config, config.model_dump(mode="json")):
         logger.info("changed since %s: %s: %s → %s", point.folder.name, key, before, now)
 
 

@@ -1,0 +1,135 @@
+import dataclasses
+
+import pytest
+import torch
+from alignment_cases import ALONE
+
+from ultrathink_model.alignment.pairs import PairSplit, TokenPair
+from ultrathink_model.alignment.reward import load_reward_model, save_reward_model
+from ultrathink_model.alignment.reward_training import RewardTrainer, learning_rate_factor
+from ultrathink_model.alignment.sequences import make_sequences
+from ultrathink_model.config import override_config
+from ultrathink_model.errors import CheckpointError, DataError
+from ultrathink_model.models.hf import load_model
+from ultrathink_model.training.guard import TrainingDivergedError
+
+GOOD, BAD = 40, 41
+
+
+def pairs_by_token(count: int, first_prompt: int) -> list[TokenPair]:
+    """Pairs whose chosen side holds a token that the rejected one has not, at one of several places."""
+    pairs = []
+    for number in range(count):
+        prompt = [10 + (first_prompt + number) % 20, 10 + (first_prompt + number) // 20]
+        filler = [60 + number % 5] * (1 + number % 3)
+        pairs.append(TokenPair(prompt, [*filler, GOOD], [*filler, BAD]))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def split() -> PairSplit:
+    return PairSplit(pairs_by_token(40, 0), pairs_by_token(10, 100))
+
+
+def fit(config, folder, split, overrides=()):
+    losses = []
+    trainer = RewardTrainer(override_config(config, overrides), load_model(folder).eval(), 0, ALONE)
+    return trainer.fit(split, lambda _step, _steps, loss: losses.append(loss)), losses
+
+
+@pytest.mark.parametrize("folder", ["dense_folder", "routed_folder"])
+def test_learns_what_is_preferred_on_prompts_never_seen(base_config, split, folder, request):
+    model, losses = fit(base_config, request.getfixturevalue(folder), split, ["rlhf.reward_epochs=4"])
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # the head starts at zero: ln 2
+    assert model.record.accuracy == 1
+    assert model.record.loss < 0.3
+    assert model.record.held_out_pairs == 10
+    assert model.record.length_accuracy == 0.5  # all sides are equally long
+
+
+def test_scores_have_zero_mean_and_unit_deviation_over_the_training_pairs(base_config, dense_folder, split):
+    model, _ = fit(base_config, dense_folder, split)
+    sides = [pair.chosen for pair in split.train] + [pair.rejected for pair in split.train]
+    scores = model.score(make_sequences([pair.prompt for pair in split.train] * 2, sides, 0, "cpu"))
+    assert scores.mean().abs() < 1e-4
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_length_accuracy_counts_longer_as_better_and_ties_as_half(base_config, dense_folder, split):
+    sides = [([1, 2, 3], [1]), ([1], [1, 2]), ([1], [2]), ([1, 2], [2])]
+    held_out = [TokenPair([5], chosen, rejected) for chosen, rejected in sides]
+    model, _ = fit(base_config, dense_folder, PairSplit(split.train, held_out))
+    assert model.record.length_accuracy == 2.5 / 4
+
+
+def test_saved_reward_model_scores_alike_and_its_trunk_is_a_model_folder(
+    base_config, routed_folder, manifest, split, tmp_path
+):
+    model, _ = fit(base_config, routed_folder, split)
+    save_reward_model(model, manifest.tokenizer_folder, tmp_path / "reward_model")
+    loaded = load_reward_model(tmp_path / "reward_model")
+    sequences = make_sequences([[10, 11], [12]], [[60, GOOD], [BAD]], 0, "cpu")
+    assert torch.equal(loaded.score(sequences), model.score(sequences))
+    assert loaded.record == model.record
+    assert load_model(tmp_path / "reward_model").config.model == base_config.model
+
+
+@pytest.mark.parametrize("name", ["reward_head.safetensors", "reward.json", "model.safetensors"])
+def test_a_damaged_reward_model_is_refused(base_config, dense_folder, manifest, split, tmp_path, name):
+    folder = tmp_path / "reward_model"
+    save_reward_model(fit(base_config, dense_folder, split)[0], manifest.tokenizer_folder, folder)
+    (folder / name).write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="reward_model"):
+        load_reward_model(folder)
+
+
+def test_a_score_that_is_not_a_number_is_refused_with_the_response(base_config, dense_folder, split):
+    model, _ = fit(base_config, dense_folder, split)
+    broken = dataclasses.replace(model, record=model.record.model_copy(update={"spread": 0.0, "mean": 0.0}))
+    with torch.no_grad():
+        model.head.weight.zero_()
+    with pytest.raises(DataError, match=r"scored 1 of 1 responses .* tokens \[60, 40\].*reward_model/"):
+        broken.score(make_sequences([[10]], [[60, GOOD]], 0, "cpu"))
+
+
+def test_a_reward_model_that_has_learnt_nothing_is_refused(base_config, dense_folder, split):
+    with pytest.raises(DataError, match=r"the same score .*raise rlhf\.reward_learning_rate"):
+        fit(base_config, dense_folder, split, ["rlhf.reward_learning_rate=1e-30"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(base_config, dense_folder, split):
+    model = load_model(dense_folder).eval()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with pytest.raises(TrainingDivergedError, match=r"rlhf\.reward_learning_rate"):
+        RewardTrainer(base_config, model, 0, ALONE).fit(split, lambda *_: None)
+
+
+def test_the_policys_own_weights_are_left_alone(base_config, dense_folder, split):
+    model = load_model(dense_folder).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    RewardTrainer(base_config, model, 0, ALONE).fit(split, lambda *_: None)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "steps"), [("rlhf.reward_epochs=3", 21), ("rlhf.reward_batch_size=20", 4), ("rlhf.reward_batch_size=99", 2)]
+)
+def test_epochs_and_batch_size_decide_the_steps(base_config, dense_folder, split, key, steps):
+    assert len(fit(base_config, dense_folder, split, [key])[1]) == steps
+
+
+def test_learning_rate_rises_and_falls_to_nearly_zero():
+    factors = [learning_rate_factor(step, 20) for step in range(20)]
+    assert factors[0] == 0.5
+    assert max(factors) == factors[1] == 1
+    assert factors[1:] == sorted(factors[1:], reverse=True)
+    assert factors[-1] < 0.06
+    assert learning_rate_factor(0, 1) == 1
+
+
+def test_learning_rate_has_an_effect(base_config, dense_folder, split):
+    slow, fast = (
+        fit(base_config, dense_folder, split, [f"rlhf.reward_learning_rate={rate}"])[1] for rate in (1e-5, 3e-3)
+    )
+    assert fast[-1] < slow[-1] - 0.05

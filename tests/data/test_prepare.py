@@ -1,0 +1,236 @@
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ultrathink_model.config import override_config, save_config
+from ultrathink_model.data import Tokenizer, load_manifest, prepare_data
+from ultrathink_model.data.shards import TokenStream
+from ultrathink_model.errors import ConfigError, DataError, TokenizerError
+
+PREPARE = (
+    "import sys; from ultrathink_model.config import load_config; from ultrathink_model.data import prepare_data; "
+)
+PREPARE += "print(prepare_data(load_config(sys.argv[1])).path)"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Twenty lines of JSON whose texts tell their numbers."""
+    file = tmp_path / "corpus.jsonl"
+    file.write_text(
+        "".join(json.dumps({"text": f"document {n} " * (n + 1)}) + "\n" for n in range(20)), encoding="utf-8"
+    )
+    return file
+
+
+@pytest.fixture
+def config(tiny_config, corpus):
+    return override_config(tiny_config, [f"data.dataset={corpus}"])
+
+
+def left_in(config):
+    """What the cache holds beside locks and the index of file hashes."""
+    paths = Path(config.data.cache_dir).iterdir()
+    return sorted(path.name for path in paths if path.suffix != ".lock" and path.name != "file_hashes.json")
+
+
+def test_the_shards_hold_the_documents_of_their_split(config, corpus):
+    manifest = prepare_data(config)
+    written = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    tokenizer = Tokenizer.load(manifest.tokenizer_folder)
+    assert tokenizer.hash == manifest.tokenizer_hash
+    for split, expected in (
+        ("train", [text for number, text in enumerate(written) if number % 10]),
+        ("validation", written[::10]),
+    ):
+        stream = TokenStream(manifest.path, manifest.sources[0].shards[split], manifest.token_dtype)
+        tokens, ends = stream.read(0, len(stream))
+        starts = [0, *ends.tolist()]
+        documents = [tokens[first:last].tolist() for first, last in zip(starts, ends.tolist(), strict=False)]
+        assert all(document[-1] == manifest.eos_id for document in documents)
+        assert [tokenizer.decode(document[:-1]) for document in documents] == expected
+        size = manifest.splits[split]
+        assert size.documents == len(expected)
+        assert size.bytes == sum(len(text.encode()) for text in expected)
+        assert size.tokens == len(tokens)
+        assert size.sequences == -(-len(tokens) // 32)
+
+
+def test_the_tokenizer_learns_from_the_training_split_only(config, corpus, tmp_path):
+    first = prepare_data(config)
+    lines = corpus.read_text().splitlines()
+    lines[10] = json.dumps({"text": "wholly other words " * 50})
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(lines))
+    second = prepare_data(override_config(config, [f"data.dataset={other}"]))
+    assert second.fingerprint != first.fingerprint
+    assert second.tokenizer_hash == first.tokenizer_hash
+
+
+def test_a_second_call_finds_what_the_first_prepared(config, caplog):
+    caplog.set_level(logging.INFO)
+    first = prepare_data(config)
+    assert "training a byte-level BPE" in caplog.text
+    caplog.clear()
+    stamps = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
+    second = prepare_data(config)
+    assert second == first == load_manifest(first.path)
+    assert {path: path.stat().st_mtime_ns for path in first.path.rglob("*")} == stamps
+    assert "training a byte-level BPE" not in caplog.text
+
+
+def test_the_same_content_elsewhere_is_the_same_data(config, corpus, tmp_path):
+    first = prepare_data(config)
+    (tmp_path / "elsewhere").mkdir()
+    copy = tmp_path / "elsewhere" / corpus.name
+    copy.write_bytes(corpus.read_bytes())
+    assert prepare_data(override_config(config, [f"data.dataset={copy}"])).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.vocab_size=310", "model.max_seq_length=16", "data.validation_every=5", "data.max_quarantine_fraction=0.5"],
+)
+def test_what_changes_the_data_changes_the_fingerprint(config, override):
+    assert prepare_data(override_config(config, [override])).fingerprint != prepare_data(config).fingerprint
+
+
+@pytest.mark.parametrize(
+    "override", ["training.seed=7", "data.train_samples=3", "training.batch_size=2", "data.num_workers=1"]
+)
+def test_what_does_not_change_the_data_does_not(config, override):
+    assert prepare_data(override_config(config, [override])).fingerprint == prepare_data(config).fingerprint
+
+
+def test_changed_content_is_prepared_anew(config, corpus):
+    first = prepare_data(config)
+    with corpus.open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    second = prepare_data(config)
+    assert second.splits["validation"].documents + second.splits["train"].documents == 21
+    assert second.path != first.path
+
+
+def test_processes_that_prepare_the_same_data_at_once_all_succeed(config, tmp_path):
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "config.yaml")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    outputs = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    assert len({output for output, _ in outputs}) == 1
+    assert left_in(config) == [load_manifest(outputs[0][0].decode().strip()).fingerprint]
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(config, tmp_path):
+    script = "import ultrathink_model.data.prepare as p, os, signal\n"
+    script += "p._sync_tree = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n" + PREPARE.replace("; ", "\n")
+    save_config(config, tmp_path / "config.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "config.yaml")], capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    (leftover,) = left_in(config)
+    assert leftover.startswith(".")
+    manifest = prepare_data(config)
+    assert left_in(config) == [manifest.fingerprint]
+
+
+def test_a_failed_preparation_leaves_nothing(config, corpus):
+    with corpus.open("a") as file:
+        file.write("not json\n" * 5)
+    with pytest.raises(DataError, match=r"5 of 25 rows .*row is JSON: 5 rows, as in corpus\.jsonl row 21"):
+        prepare_data(config)
+    assert left_in(config) == []
+
+
+def test_quarantined_rows_are_kept_beside_the_shards(config, corpus):
+    with corpus.open("a") as file:
+        file.write("not json\n")
+    manifest = prepare_data(override_config(config, ["data.max_quarantine_fraction=0.05"]))
+    assert (manifest.quarantined, manifest.sources[0].rows) == (1, 21)
+    row = json.loads((manifest.path / "quarantine.jsonl").read_text())
+    assert row == {"file": "corpus.jsonl", "row": 21, "rule": "row is JSON", "excerpt": "not json"}
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(config, corpus, monkeypatch):
+    from ultrathink_model.data import prepare
+
+    def grow(*arguments):
+        with corpus.open("a") as file:
+            file.write(json.dumps({"text": "late"}) + "\n")
+        return choose(*arguments)
+
+    choose = prepare.choose_tokenizer
+    monkeypatch.setattr(prepare, "choose_tokenizer", grow)
+    with pytest.raises(DataError, match="changed while it was read; start again"):
+        prepare_data(config)
+    assert left_in(config) == []
+
+
+def test_a_mixture_keeps_each_source_apart(config, corpus):
+    manifest = prepare_data(override_config(config, [f"data.mix_datasets=dummy:1,{corpus}:3"]))
+    assert [(source.name, source.weight) for source in manifest.sources] == [("dummy", 0.25), (str(corpus), 0.75)]
+    for split in ("train", "validation"):
+        parts = [source.splits[split] for source in manifest.sources]
+        assert manifest.splits[split].tokens == sum(part.tokens for part in parts)
+        assert manifest.splits[split].sequences == sum(part.sequences for part in parts)
+
+
+def test_a_tokenizer_can_be_taken_from_a_folder(config, tmp_path):
+    first = prepare_data(config)
+    taken = override_config(config, [f"data.tokenizer_name={first.tokenizer_folder}"])
+    second = prepare_data(taken)
+    assert second.tokenizer_hash == first.tokenizer_hash
+    assert second.splits == first.splits
+    with pytest.raises(TokenizerError, match=r"more than model\.vocab_size=260"):
+        prepare_data(override_config(taken, ["model.vocab_size=260"]))
+
+
+def test_large_vocabularies_take_wide_tokens(config):
+    first = prepare_data(config)
+    settings = first.tokenizer_folder / "tokenizer.json"
+    values = json.loads(settings.read_text())
+    token = {"id": 70_000, "content": "<|far|>", "special": True}
+    values["model"]["vocab"]["<|far|>"] = 70_000
+    values["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
+    far = first.path.parent / "far.json"
+    far.write_text(json.dumps(values))
+    manifest = prepare_data(override_config(config, [f"data.tokenizer_name={far}", "model.vocab_size=70016"]))
+    assert (manifest.vocab_size, manifest.token_dtype) == (70_001, "uint32")
+    assert manifest.splits == first.splits
+
+
+def test_damaged_folders_are_refused_with_the_remedy(config):
+    manifest = prepare_data(config)
+    shard = manifest.path / manifest.sources[0].shards["train"][0].tokens_file
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"should hold \d+ bytes and holds \d+; delete .* and start again"):
+        prepare_data(config)
+    (manifest.path / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="is not a manifest of this version"):
+        load_manifest(manifest.path)
+    with pytest.raises(DataError, match="holds no prepared data"):
+        load_manifest(manifest.path.parent)
+
+
+def test_a_prepared_folder_can_be_moved(config, tmp_path):
+    manifest = prepare_data(config)
+    moved = load_manifest(manifest.path.rename(tmp_path / "moved"))
+    assert moved.path == tmp_path / "moved"
+    assert moved.splits == manifest.splits
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused(config, corpus):
+    with pytest.raises(DataError, match=r"data\.cache_dir=.* cannot be written"):
+        prepare_data(override_config(config, [f"data.cache_dir={corpus}/below"]))
+
+
+def test_a_bad_mixture_leaves_no_folder(config):
+    with pytest.raises(ConfigError):
+        prepare_data(override_config(config, ["data.mix_datasets=dummy"]))
+    assert not Path(config.data.cache_dir).exists()

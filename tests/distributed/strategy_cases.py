@@ -1,0 +1,94 @@
+"""The strategies that the tests compare, and how they are run and compared."""
+
+import json
+
+import pytest
+import small_runs
+
+from ultrathink_model.config import make_config, override_config
+from ultrathink_model.distributed.launch import launch
+
+BASE = make_config(
+    {
+        "model": {
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "intermediate_size": 64,
+            "max_seq_length": 32,
+        },
+        "moe": {"num_knowledge_experts": 4, "num_skill_experts": 2, "num_meta_experts": 1, "num_safety_experts": 1},
+    }
+)
+
+TOLERANCE = 1e-6
+STEPS = 6
+
+ROUTED = ["advanced.enable_moe=true", "advanced.enable_dre=true", "moe.layer_frequency=2", "model.tie_embeddings=false"]
+
+# A name's second part says what is trained, whoever trains it.
+STRATEGIES = {
+    "ddp": ["distributed.strategy=ddp"],
+    "ddp_muon": ["distributed.strategy=ddp", "training.optimizer=muon"],
+    "ddp_routed": ["distributed.strategy=ddp", *ROUTED],
+    "fsdp": ["distributed.strategy=fsdp"],
+    "fsdp_muon": ["distributed.strategy=fsdp", "training.optimizer=muon"],
+    "fsdp_routed": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *ROUTED],
+    "zero1": ["distributed.strategy=deepspeed", "distributed.zero_stage=1"],
+    "zero2": ["distributed.strategy=deepspeed", "distributed.zero_stage=2"],
+    "zero2_routed": ["distributed.strategy=deepspeed", "distributed.zero_stage=2", *ROUTED],
+    "zero3": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}"],
+    "zero3_routed": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}", *ROUTED],
+}
+
+
+def family(name):
+    return name.partition("_")[2]
+
+
+def config_of(folder, name, ranks):
+    """The config of a strategy over `ranks`; the same sequences in each step as one process takes."""
+    zero3 = folder / "zero3.json"
+    # With these thresholds ZeRO-3 cuts the smallest weight too, and has none ready before it is needed.
+    settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    zero3.write_text(json.dumps({"zero_optimization": settings}))
+    sequences = small_runs.GLOBAL_BATCH // small_runs.MICRO_STEPS // ranks
+    overrides = [
+        f"training.batch_size={sequences}",
+        f"training.gradient_accumulation_steps={small_runs.MICRO_STEPS}",
+        "training.gradient_clipping=0.5",
+        *(text.format(zero3=zero3) for text in STRATEGIES[name]),
+    ]
+    if ranks == 1:
+        overrides = [text for text in overrides if not text.startswith("distributed.")]
+    else:
+        overrides += ["distributed.enabled=true", f"distributed.num_processes={ranks}"]
+    return override_config(BASE, overrides)
+
+
+def run_over_ranks(folder, names, loads, ranks=2, steps=STEPS):
+    """What `small_runs.run_all` saw of some strategies; `loads` are pairs of who loads and who saved."""
+    configs = {name: config_of(folder, name, ranks) for name in names}
+    return launch(small_runs.run_all, (configs, loads, steps, folder), configs[names[0]])
+
+
+def run_alone(folder, names, steps=STEPS):
+    """The curves and configs of one process, by what is trained."""
+    configs = {family(name): config_of(folder, name, ranks=1) for name in names}
+    return {"curves": {kind: small_runs.curve(config, steps) for kind, config in configs.items()}, "configs": configs}
+
+
+def assert_equal_curves(run, reference):
+    steps = len(run["losses"])
+    assert run["losses"] == pytest.approx(reference["losses"][:steps], abs=TOLERANCE, rel=0)
+    assert run["norms"] == pytest.approx(reference["norms"][:steps], abs=TOLERANCE, rel=0)
+
+
+def assert_trains_alike(run, reference):
+    assert_equal_curves(run, reference)
+    assert max(run["norms"]) > 0.5, "nothing was clipped"
+    assert run["weights"].keys() == reference["weights"].keys()
+    for key, weight in reference["weights"].items():
+        assert (run["weights"][key] - weight).abs().max() < TOLERANCE, key

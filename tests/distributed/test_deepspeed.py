@@ -1,0 +1,67 @@
+"""DeepSpeed's ZeRO, in each stage, trains as one process does, on the real decoder, over real ranks.
+
+The tolerance: a loss near 5.7 is a float32 sum of a few hundred numbers, and float32 has a step of 4.8e-7 there.
+Ranks add in another order than one process, in the sums and in the gradients, which costs up to two such steps, and
+no more over the steps of these runs. Hence 1e-6, for ZeRO-3 too.
+"""
+
+import pytest
+import small_runs
+import strategy_cases
+from strategy_cases import family
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
+
+
+NAMES = ["zero1", "zero2", "zero2_routed", "zero3", "zero3_routed"]
+
+# Who loads, and who saved.
+LOADS = [("zero1", "zero1"), ("zero2", "zero1"), ("zero3", "zero2"), ("zero1", "zero3"), ("zero3", "zero3")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    return strategy_cases.run_over_ranks(folder, NAMES, LOADS)
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    return strategy_cases.run_alone(folder, NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_have_the_losses_and_weights_of_one_process(two_ranks, one_process, name):
+    strategy_cases.assert_trains_alike(two_ranks["curves"][name], one_process["curves"][family(name)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_that_is_not_finite_on_one_rank_is_forgotten_by_all(two_ranks, one_process, name):
+    strategy_cases.assert_equal_curves(two_ranks["skipped"][name], one_process["curves"][family(name)])
+
+
+@pytest.mark.parametrize(("by", "of"), LOADS)
+def test_saved_state_goes_on_under_another_strategy_and_bitwise_under_its_own(two_ranks, by, of):
+    resumed, uninterrupted = two_ranks["loaded"][by, of], two_ranks["saved"][of]
+    strategy_cases.assert_equal_curves(resumed, uninterrupted)
+    if by == of:
+        assert resumed == uninterrupted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_state_goes_on_in_one_process(two_ranks, one_process, folder, name):
+    resumed = small_runs.loaded_and_continued(one_process["configs"][family(name)], folder / name)
+    strategy_cases.assert_equal_curves(resumed, two_ranks["saved"][name])
+
+
+def test_four_ranks_have_the_losses_of_one_process_over_twenty_steps(tmp_path):
+    names = ["zero1", "zero2_routed", "zero3_routed"]
+    results = strategy_cases.run_over_ranks(tmp_path, names, [], ranks=4, steps=20)
+    reference = strategy_cases.run_alone(tmp_path, names, steps=20)["curves"]
+    for name in names:
+        strategy_cases.assert_trains_alike(results["curves"][name], reference[family(name)])

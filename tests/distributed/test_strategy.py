@@ -1,0 +1,84 @@
+"""Every strategy of PyTorch's trains as one process does, on the real decoder, over real ranks.
+
+The tolerance: a loss near 5.7 is a float32 sum of a few hundred numbers, and float32 has a step of 4.8e-7 there.
+Ranks add in another order than one process, in the sums and in the gradients, which costs up to two such steps, and
+no more over the steps of these runs. Hence 1e-6.
+"""
+
+import pytest
+import small_runs
+import strategy_cases
+import torch
+from strategy_cases import family
+
+from ultrathink_model.config import override_config
+from ultrathink_model.distributed.context import RankContext
+from ultrathink_model.distributed.strategy import make_strategy
+from ultrathink_model.errors import ConfigError, DistributedError
+
+NAMES = ["ddp", "ddp_muon", "ddp_routed", "fsdp", "fsdp_muon", "fsdp_routed"]
+
+# Who loads, and who saved.
+LOADS = [("ddp", "ddp"), ("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp_routed", "ddp_routed"), ("fsdp_muon", "ddp_muon")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    return strategy_cases.run_over_ranks(folder, NAMES, LOADS)
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    return strategy_cases.run_alone(folder, NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_have_the_losses_and_weights_of_one_process(two_ranks, one_process, name):
+    strategy_cases.assert_trains_alike(two_ranks["curves"][name], one_process["curves"][family(name)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_that_is_not_finite_on_one_rank_is_forgotten_by_all(two_ranks, one_process, name):
+    strategy_cases.assert_equal_curves(two_ranks["skipped"][name], one_process["curves"][family(name)])
+
+
+@pytest.mark.parametrize(("by", "of"), LOADS)
+def test_saved_state_goes_on_under_another_strategy_and_bitwise_under_its_own(two_ranks, by, of):
+    resumed, uninterrupted = two_ranks["loaded"][by, of], two_ranks["saved"][of]
+    strategy_cases.assert_equal_curves(resumed, uninterrupted)
+    if by == of:
+        assert resumed == uninterrupted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_state_goes_on_in_one_process(two_ranks, one_process, folder, name):
+    resumed = small_runs.loaded_and_continued(one_process["configs"][family(name)], folder / name)
+    strategy_cases.assert_equal_curves(resumed, two_ranks["saved"][name])
+
+
+@pytest.mark.slow
+def test_four_ranks_have_the_losses_of_one_process_over_twenty_steps(tmp_path):
+    names = ["ddp_routed", "fsdp_routed", "ddp_muon"]
+    results = strategy_cases.run_over_ranks(tmp_path, names, [], ranks=4, steps=20)
+    reference = strategy_cases.run_alone(tmp_path, names, steps=20)["curves"]
+    for name in names:
+        strategy_cases.assert_trains_alike(results["curves"][name], reference[family(name)])
+
+
+def test_strategy_outside_of_any_ranks_is_refused(tmp_path):
+    config = strategy_cases.config_of(tmp_path, "fsdp", ranks=2)
+    with pytest.raises(DistributedError, match=r"distributed.strategy=fsdp works among ranks"):
+        make_strategy(config, RankContext(0, 0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", ["single", "ddp"])
+def test_offload_that_would_have_no_effect_is_refused(name):
+    overrides = ["distributed.enabled=true", f"distributed.strategy={name}", "distributed.cpu_offload=true"]
+    config = override_config(strategy_cases.BASE, overrides)
+    with pytest.raises(ConfigError, match=f"has no effect under distributed.strategy={name}; take fsdp or deepspeed"):
+        make_strategy(config, RankContext(0, 0, 2, torch.device("cpu")))

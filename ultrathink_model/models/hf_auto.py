@@ -1,0 +1,12 @@
+"""Importing this module makes the Auto classes of `transformers` load our own architecture without remote code.
+
+It is a module of its own, and `import ultrathink_model` does not import it, because `transformers` takes seconds.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ultrathink_model.models.configuration_ultrathink import UltrathinkConfig
+from ultrathink_model.models.modeling_ultrathink import UltrathinkForCausalLM
+
+AutoConfig.register(UltrathinkConfig.model_type, UltrathinkConfig, exist_ok=True)
+AutoModelForCausalLM.register(UltrathinkConfig, UltrathinkForCausalLM, exist_ok=True)

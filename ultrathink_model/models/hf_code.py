@@ -1,0 +1,81 @@
+"""The modelling code of a model folder: our own modules, rewritten to stand alone beside the weights.
+
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then needs PyTorch and `transformers` only. The
+files are copies with other imports, so that what a folder computes is what was trained.
+"""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+PACKAGE = "ultrathink_model.models"
+MODELLING_MODULE = "modeling_ultrathink"
+CONFIGURATION_MODULE = "configuration_ultrathink"
+AUTO_MAP = {
+    "AutoConfig": f"{CONFIGURATION_MODULE}.UltrathinkConfig",
+    "AutoModelForCausalLM": f"{MODELLING_MODULE}.UltrathinkForCausalLM",
+}
+# Stands in for jaxtyping and for our config in annotations; at run time the config is `UltrathinkConfig.sections()`.
+ANNOTATIONS_MODULE = "annotations_ultrathink"
+ANNOTATIONS = '''"""Names that the other files use in annotations only."""
+
+from typing import Any
+
+Config = Any
+ReasoningPath = str
+
+
+class _Shaped:
+    """An annotated tensor; its shape is for the reader."""
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        return item[0]
+
+
+Bool = Float = Int = _Shaped
+'''
+REPLACED_IMPORTS = (
+    (re.compile(r"^from jaxtyping import", re.MULTILINE), f"from .{ANNOTATIONS_MODULE} import"),
+    (re.compile(r"^from ultrathink_model\.config(\.\w+)* import", re.MULTILINE), f"from .{ANNOTATIONS_MODULE} import"),
+    (re.compile(rf"^from {re.escape(PACKAGE)}\.(\w+) import", re.MULTILINE), r"from .\1 import"),
+)
+
+
+def write_modelling_code(folder: Path) -> None:
+    """Writes `modeling_ultrathink.py` and all that it imports to the folder."""
+    (folder / f"{ANNOTATIONS_MODULE}.py").write_text(ANNOTATIONS, encoding="utf-8")
+    for module in _modules():
+        (folder / f"{module}.py").write_text(_standing_alone(_source(module)), encoding="utf-8")
+
+
+def _modules() -> list[str]:
+    """The modelling module and every module of this package that it imports, directly or not."""
+    found = [MODELLING_MODULE]
+    for module in found:  # grows while it is read
+        imported = re.findall(rf"^from {re.escape(PACKAGE)}\.(\w+) import", _source(module), re.MULTILINE)
+        found += [name for name in dict.fromkeys(imported) if name not in found]
+    return found
+
+
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(f"{PACKAGE}.{module}")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _standing_alone(source: str) -> str:
+    """The source with imports from beside it, and without what must be registered only once in a process."""
+    lines = source.splitlines(keepends=True)
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef) and any(
+            "register_flop_formula" in ast.dump(d) for d in node.decorator_list
+        ):
+            start = min(decorator.lineno for decorator in node.decorator_list)
+            del lines[start - 1 : node.end_lineno]
+    text = "".join(lines)
+    for pattern, replacement in REPLACED_IMPORTS:
+        text = pattern.sub(replacement, text)
+    assert "ultrathink_model" not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL), "an import was not rewritten"
+    return text

@@ -1,0 +1,110 @@
+"""The decoder as a `transformers` model, for the architectures that it has no class for."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ultrathink_model.models.configuration_ultrathink import UltrathinkConfig
+from ultrathink_model.models.kv_cache import KVCache
+from ultrathink_model.models.transformer import Transformer
+
+# Tokens beyond the prompt that a cache has room for at first.
+CACHE_ROOM = 256
+
+
+class UltrathinkCache(Cache):
+    """Our cache with the methods that `generate` calls."""
+
+    is_croppable = False
+
+    def __init__(self, blocks: KVCache) -> None:
+        super().__init__(layers=[])
+        self.blocks = blocks
+
+    def get_seq_length(self, _layer: int = 0) -> int:
+        """Tokens taken in, padding included."""
+        return self.blocks.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts the rows into the order of the surviving beams."""
+        self.blocks.select(beam_idx)
+
+
+class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
+    """The decoder behind the interface of `transformers`; `generate` runs with our cache.
+
+    Routing by depth cannot be rolled back to an earlier token, so there is no assisted generation.
+    """
+
+    config_class = UltrathinkConfig
+    base_model_prefix = "model"
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 - the name and the type are the library's
+    _is_stateful = True
+
+    def __init__(self, config: UltrathinkConfig) -> None:
+        super().__init__(config)
+        self.model = Transformer(config.sections())
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output projection; None where it is the embedding."""
+        return self.model.head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: UltrathinkCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **loss_options: Any,
+    ) -> CausalLMOutputWithPast | tuple[Tensor | UltrathinkCache, ...]:
+        """Logits, with the mean loss of `labels` (not shifted; -100 is left out) where they are given.
+
+        Args:
+            input_ids: (batch, seq) tokens that are not in the cache.
+            attention_mask: (batch, cached + seq), 0 at padding; columns further left than `seq` were seen before.
+            past_key_values: What an earlier call returned.
+            labels: (batch, seq) tokens.
+            use_cache: Whether to return a cache; None takes the config's.
+            logits_to_keep: Last positions whose logits are wanted, or their indices; 0 wants all.
+            return_dict: False returns a tuple.
+            loss_options: What a trainer says of the loss, `num_items_in_batch` for one.
+        """
+        seq = input_ids.shape[1]
+        cache = past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
+            cache = UltrathinkCache(KVCache(self.model.config, seq + CACHE_ROOM))
+        output = self.model(
+            input_ids,
+            attention_mask=None if attention_mask is None else attention_mask[:, -seq:].bool(),
+            cache=None if cache is None else cache.blocks,
+            start=0 if cache is None else cache.blocks.length,
+            return_logits=False,
+        )
+        if cache is not None:
+            cache.blocks.length += seq
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = F.linear(output.hidden[:, kept], self.model.output_weight)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return result if return_dict is not False else result.to_tuple()
