@@ -36,13 +36,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return answer(*match.groups())
         return self.send(404, b"")
 
-    do_HEAD = do_POST = do_GET
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        self.do_GET()
 
     def send_info(self, name):
         if not (ROOT / name).is_dir():
             return self.send(401, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
         siblings = [{"rfilename": entry["path"]} for entry in entries(name, "") if entry["type"] == "file"]
-        return self.send_json({"id": name, "_id": "1", "sha": COMMIT, "private": False, "siblings": siblings, "tags": []})
+        return self.send_json(
+            {"id": name, "_id": "1", "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
+        )
 
     def send_tree(self, name, below):
         if not (ROOT / name / below).is_dir():
@@ -52,7 +58,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.send_json([entry for entry in entries(name, below) if deep or entry["path"].count("/") == depth])
 
     def send_paths(self, name, body):
-        wanted = json.loads(body)["paths"] if body.startswith(b"{") else re.findall(r"paths=([^&]+)", unquote(body.decode()))
+        wanted = (
+            json.loads(body)["paths"] if body.startswith(b"{") else re.findall(r"paths=([^&]+)", unquote(body.decode()))
+        )
         return self.send_json([entry for entry in entries(name, "") if entry["path"] in wanted])
 
     def send_file(self, name, path):

@@ -2,16 +2,19 @@
 
 import json
 import shutil
-import sys
 
 import pytest
-import yaml
-from zenml.client import Client
-
 from pipelines.prototype import prototype_pipeline
 from steps import caching
 from ultrathink_model.config import load_config
 from ultrathink_model.workflow import WORKFLOWS
+
+pytestmark = [
+    # passlib, which ZenML imports, imports the standard library's crypt.
+    pytest.mark.filterwarnings("ignore:'crypt' is deprecated:DeprecationWarning"),
+    # ZenML 0.98 reads deprecated fields of its own models.
+    pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning:zenml"),
+]
 
 CHECK = "check:training.max_steps=2"
 

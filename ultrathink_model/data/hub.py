@@ -4,10 +4,9 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from types import ModuleType
 
-import datasets
 import huggingface_hub
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
 from ultrathink_model.data.articles import join_articles
@@ -75,11 +74,15 @@ class HubSource:
 
     @cached_property
     def _splits(self) -> Mapping[str, Iterable[Mapping[str, object]]]:
+        # Imported here because it takes seconds, which a run whose data lies prepared should not wait for.
+        import datasets  # noqa: PLC0415
+        from datasets.exceptions import DatasetsError  # noqa: PLC0415
+
         known = self._known
         trouble = _reach(known.hub_id)
         logger.info("%s: reading %s from %s", self.name, known.hub_id, "the local cache" if trouble else "the hub")
         try:
-            with _offline(trouble is not None):
+            with _offline(datasets, trouble is not None):
                 # The cache keeps whole datasets only, and does not tell revisions apart.
                 found = datasets.load_dataset(
                     known.hub_id,
@@ -88,19 +91,19 @@ class HubSource:
                     streaming=self.streaming and trouble is None,
                 )
         except (HTTPError, OSError, ValueError, RuntimeError, DatasetsError) as error:
-            raise DataError(self._explain(trouble, error)) from None
+            raise DataError(self._explain(trouble, error, datasets.config.HF_DATASETS_CACHE)) from None
         if "train" not in found:
             raise DataError(f"{known.hub_id} has no split `train` but {', '.join(found)}; name another dataset.")
         return found
 
-    def _explain(self, trouble: str | None, error: Exception) -> str:
+    def _explain(self, trouble: str | None, error: Exception, cache: object) -> str:
         known = self._known
         subset = f" ({known.subset})" if known.subset else ""
         if trouble is None:
             return f"data.dataset={self.name}: {known.hub_id}{subset} cannot be loaded: {' '.join(str(error).split())}"
         return (
             f"data.dataset={self.name} cannot be had: there is no such file or folder here, {known.hub_id}{subset} is not "
-            f"in the cache ({datasets.config.HF_DATASETS_CACHE}), and the hub does not answer ({trouble}). Either give a "
+            f"in the cache ({cache}), and the hub does not answer ({trouble}). Either give a "
             "local copy (data.dataset=PATH of text, JSONL or Parquet; data.mirror_dir for a folder of copies by name), or "
             "start again with a network. The built-in data.dataset=sotu needs neither."
         )
@@ -127,7 +130,7 @@ def _reach(hub_id: str) -> str | None:
 
 
 @contextmanager
-def _offline(enabled: bool) -> Iterator[None]:
+def _offline(datasets: ModuleType, enabled: bool) -> Iterator[None]:
     """Makes `datasets` look into its cache only; it has no argument for that, only a switch read when imported."""
     switches = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in switches]

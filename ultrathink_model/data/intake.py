@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from ultrathink_model.config.data import DataConfig
@@ -106,20 +107,17 @@ class Intake:
 
 
 def hold_out(texts: Iterator[str], every: int) -> Iterator[tuple[Split, str]]:
-    """Holds out every n-th document, the first among them; a lone document is cut, and its last n-th part held out.
+    """Holds out every n-th document: of fewer than n the last one, and of a lone document its last n-th part.
 
     By index and not at random: the split of a growing source keeps what it held, and any tool can repeat it.
     """
-    first = next(texts, None)
-    if first is None:
+    first = list(islice(texts, every))
+    if len(first) == 1:
+        yield from _cut_in_two(first[0], every)
         return
-    second = next(texts, None)
-    if second is None:
-        yield from _cut_in_two(first, every)
-        return
-    yield "validation", first
-    yield "train", second
-    for number, text in enumerate(texts, start=2):
+    for number, text in enumerate(first, start=1):
+        yield ("validation" if number == len(first) else "train"), text
+    for number, text in enumerate(texts, start=1):
         yield ("train" if number % every else "validation"), text
 
 

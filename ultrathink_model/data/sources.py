@@ -9,6 +9,7 @@ from ultrathink_model.config.data import DataConfig
 from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.dummy import DummySource
 from ultrathink_model.data.file_hashes import FileHashes
+from ultrathink_model.data.hub import HubSource
 from ultrathink_model.data.known import KNOWN_DATASETS, KnownDataset
 from ultrathink_model.data.local import LocalSource, find_files, looks_like_path
 from ultrathink_model.data.manifest import Split
@@ -70,9 +71,6 @@ def open_source(name: str, data: DataConfig) -> Source:
     known = known or KnownDataset(name, licence="as stated on the hub")
     wanted = {"subset": data.dataset_config, "text_column": data.text_column}
     known = replace(known, **{key: value for key, value in wanted.items() if value is not None})
-    # Imported here because `datasets` takes seconds, which no local source should wait for.
-    from ultrathink_model.data.hub import HubSource  # noqa: PLC0415
-
     return HubSource(name, known, data.streaming)
 
 

@@ -145,6 +145,8 @@ def _start_with_deepspeed(folder: Path, count: int) -> Ending:
         command,
         stdout=None if inherits else subprocess.PIPE,
         stderr=None if inherits else subprocess.STDOUT,
+        # Where it finds no GPU it would warn that it takes the CPU.
+        env=os.environ if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", **os.environ},
         text=True,
         errors="replace",
         start_new_session=True,

@@ -90,7 +90,8 @@ class DepthRouter(nn.Module):
         if not self.training:
             return self._descend(0, visit, x, logits, tokens)
         # Data-parallel wrappers wait for a gradient of every parameter, so each is on every path, be it with weight 0.
-        state, routing = self._descend(0, visit, x, logits + 0 * self.strengths.sum(), tokens)
+        logits = logits + 0 * self.strengths.sum()
+        state, routing = self._descend(0, visit, x, logits, tokens)
         if not any(self.shares):
             first = tokens.select(torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device))
             change, _ = residual(x[:, :1], first, rotation, None)
@@ -142,13 +143,12 @@ class DepthRouter(nn.Module):
         if self.forced:
             threshold = threshold.new_tensor(-math.inf if self.shares[depth] else math.inf)
         wanted = logits > threshold
-        if wanted.all():
+        chosen = wanted if tokens.valid is None else wanted & tokens.valid
+        numbers = chosen.sum(dim=1, keepdim=True)
+        all_pass, most = torch.stack((wanted.all().long(), numbers.max())).tolist()
+        if all_pass:
             return _Choice(None, tokens)
-        if tokens.valid is not None:
-            wanted = wanted & tokens.valid
-        numbers = wanted.sum(dim=1, keepdim=True)
-        most = int(numbers.max())
-        index = wanted.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
+        index = chosen.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
         valid = torch.arange(most, device=index.device) < numbers
         return _Choice(index, replace(tokens.select(index), valid=valid), padding=~valid)
 

@@ -1,0 +1,128 @@
+"""Hub datasets, read from a hub that runs on this machine, in processes of their own: `datasets` reads its settings at import."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+SILENT_HUB = "http://127.0.0.1:9"  # nothing listens there
+ARTICLES = 30
+CARD = """---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: train, path: wikitext-2-raw-v1/train-*}
+  - {split: validation, path: wikitext-2-raw-v1/validation-*}
+---
+"""
+# Each line of input is a list of overrides; each line of output the splits or the error, with the seconds that it took.
+SCRIPT = """
+import json, sys, time
+from ultrathink_model.config import make_config
+from ultrathink_model.data import prepare_data, tokenize
+from ultrathink_model.errors import UltrathinkError
+tokenize.BATCH_CHARACTERS = 500  # so that a stream of this size can stop early
+base = {"model": {"vocab_size": 300, "max_seq_length": 32}, "data": {"tokenizer_name": "train"}}
+for line in sys.stdin:
+    config = make_config(base, json.loads(line))
+    start = time.monotonic()
+    try:
+        manifest = prepare_data(config)
+        answer = {split: info.documents for split, info in manifest.splits.items()} | {"tokens": manifest.splits["train"].tokens}
+    except UltrathinkError as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(answer | {"seconds": time.monotonic() - start}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The address of a hub with a dataset of wikitext's name and shape, and one with another column and one split."""
+    root = tmp_path_factory.mktemp("hub")
+    wikitext = root / "Salesforce" / "wikitext"
+    (wikitext / "wikitext-2-raw-v1").mkdir(parents=True)
+    (wikitext / "README.md").write_text(CARD)
+    for split, articles in (("train", ARTICLES), ("validation", 3)):
+        lines = [
+            line for n in range(articles) for line in ("", f" = {split} {n} = \n", "", f" text of {split} {n} \n" * 20)
+        ]
+        pq.write_table(
+            pa.table({"text": lines}), wikitext / "wikitext-2-raw-v1" / f"{split}-00000.parquet", row_group_size=16
+        )
+    (root / "some" / "bodies").mkdir(parents=True)
+    (root / "some" / "bodies" / "train.jsonl").write_text("".join(f'{{"body": "text {n}"}}\n' for n in range(20)))
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root)], stdout=subprocess.PIPE, text=True
+    )
+    yield server.stdout.readline().strip()
+    server.kill()
+    server.wait()
+    server.stdout.close()
+
+
+def run(endpoint, home, *requests):
+    """Prepares data for each list of overrides in one process that knows the hub at `endpoint` and the cache in `home`."""
+    home.mkdir(exist_ok=True)
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "NO_PROXY": "127.0.0.1"}
+    lines = "".join(json.dumps(list(overrides)) + "\n" for overrides in requests)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=lines, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_hub_dataset_is_downloaded_streamed_and_then_found_in_the_cache(hub, tmp_path):
+    wikitext, prepared = "data.dataset=wikitext", f"data.cache_dir={tmp_path / 'first'}"
+    whole, streamed, few, column, named, absent = run(
+        hub,
+        tmp_path / "home",
+        [wikitext, prepared],
+        [wikitext, "data.streaming=true", f"data.cache_dir={tmp_path / 'streamed'}"],
+        [wikitext, "data.streaming=true", "data.train_samples=4", f"data.cache_dir={tmp_path / 'few'}"],
+        ["data.dataset=some/bodies", prepared],
+        ["data.dataset=some/bodies", "data.text_column=body", prepared],
+        ["data.dataset=some/absent", prepared],
+    )
+    assert (whole["train"], whole["validation"]) == (ARTICLES, 3)
+    assert {key: streamed[key] for key in ("train", "validation", "tokens")} == {
+        key: whole[key] for key in ("train", "validation", "tokens")
+    }
+    assert few["validation"] == 3
+    assert few["train"] < ARTICLES
+    assert few["tokens"] >= 4 * 32
+    assert "some/bodies:train has no column 'text' but body; set data.text_column" in column["error"]
+    assert (named["train"], named["validation"]) == (18, 2)
+    assert "some/absent is neither a file or folder here nor a dataset on the hub" in absent["error"]
+
+    offline, again = run(
+        SILENT_HUB, tmp_path / "home", [wikitext, prepared], [wikitext, f"data.cache_dir={tmp_path / 'again'}"]
+    )
+    assert offline["train"] == again["train"] == ARTICLES
+    assert offline["seconds"] < 1
+
+
+def test_without_network_and_copy_a_hub_name_fails_at_once_with_both_remedies(tmp_path):
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    answers = run(
+        SILENT_HUB,
+        tmp_path / "home",
+        ["data.dataset=wikitext", cache],
+        ["data.dataset=openwebtext", "data.streaming=true", cache],
+        ["data.mix_datasets=sotu:1,some/where:1", cache],
+    )
+    for answer, hub_id in zip(answers, ("Salesforce/wikitext", "Skylion007/openwebtext", "some/where"), strict=True):
+        error = answer["error"]
+        assert error.startswith("DataError: data.dataset=")
+        assert hub_id in error
+        assert "the hub does not answer" in error
+        assert "give a local copy (data.dataset=PATH" in error
+        assert "start again with a network" in error
+        assert answer["seconds"] < 20
+    # Only locks and no half-written data are left.
+    assert all(path.suffix == ".lock" for path in (tmp_path / "cache").iterdir())
