@@ -45,8 +45,8 @@ def test_the_shards_hold_the_documents_of_their_split(config, corpus):
     tokenizer = Tokenizer.load(manifest.tokenizer_folder)
     assert tokenizer.hash == manifest.tokenizer_hash
     for split, expected in (
-        ("train", [text for number, text in enumerate(written) if number % 10]),
-        ("validation", written[::10]),
+        ("train", [text for number, text in enumerate(written, start=1) if number % 10]),
+        ("validation", written[9::10]),
     ):
         stream = TokenStream(manifest.path, manifest.sources[0].shards[split], manifest.token_dtype)
         tokens, ends = stream.read(0, len(stream))
@@ -64,7 +64,7 @@ def test_the_shards_hold_the_documents_of_their_split(config, corpus):
 def test_the_tokenizer_learns_from_the_training_split_only(config, corpus, tmp_path):
     first = prepare_data(config)
     lines = corpus.read_text().splitlines()
-    lines[10] = json.dumps({"text": "wholly other words " * 50})
+    lines[9] = json.dumps({"text": "wholly other words " * 50})
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(lines))
     second = prepare_data(override_config(config, [f"data.dataset={other}"]))
@@ -127,7 +127,7 @@ def test_processes_that_prepare_the_same_data_at_once_all_succeed(config, tmp_pa
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(config, tmp_path):
-    script = "import ultrathink_model.data.prepare as p, os, signal\n"
+    script = "import ultrathink_model.data.build as p, os, signal\n"
     script += "p._sync_tree = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n" + PREPARE.replace("; ", "\n")
     save_config(config, tmp_path / "config.yaml")
     done = subprocess.run(
@@ -154,19 +154,25 @@ def test_quarantined_rows_are_kept_beside_the_shards(config, corpus):
     manifest = prepare_data(override_config(config, ["data.max_quarantine_fraction=0.05"]))
     assert (manifest.quarantined, manifest.sources[0].rows) == (1, 21)
     row = json.loads((manifest.path / "quarantine.jsonl").read_text())
-    assert row == {"file": "corpus.jsonl", "row": 21, "rule": "row is JSON", "excerpt": "not json"}
+    assert row == {
+        "source": manifest.sources[0].name,
+        "file": "corpus.jsonl",
+        "row": 21,
+        "rule": "row is JSON",
+        "excerpt": "not json",
+    }
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(config, corpus, monkeypatch):
-    from ultrathink_model.data import prepare
+    from ultrathink_model.data import build
 
     def grow(*arguments):
         with corpus.open("a") as file:
             file.write(json.dumps({"text": "late"}) + "\n")
         return choose(*arguments)
 
-    choose = prepare.choose_tokenizer
-    monkeypatch.setattr(prepare, "choose_tokenizer", grow)
+    choose = build.choose_tokenizer
+    monkeypatch.setattr(build, "choose_tokenizer", grow)
     with pytest.raises(DataError, match="changed while it was read; start again"):
         prepare_data(config)
     assert left_in(config) == []

@@ -8,7 +8,13 @@ no more over the steps of these runs. Hence 1e-6, for ZeRO-3 too.
 import pytest
 import small_runs
 import strategy_cases
+import torch
 from strategy_cases import family
+
+from ultrathink_model.config import override_config
+from ultrathink_model.distributed.context import RankContext
+from ultrathink_model.distributed.deepspeed import DeepSpeedStrategy, import_deepspeed
+from ultrathink_model.errors import ConfigError
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -65,3 +71,24 @@ def test_four_ranks_have_the_losses_of_one_process_over_twenty_steps(tmp_path):
     reference = strategy_cases.run_alone(tmp_path, names, steps=20)["curves"]
     for name in names:
         strategy_cases.assert_trains_alike(results["curves"][name], reference[family(name)])
+
+
+def test_no_extension_is_compiled():
+    import_deepspeed()
+    from deepspeed.comm.torch import build_shm_op
+
+    # It would compile one here, for a minute and more, and only where there is a compiler.
+    assert build_shm_op() is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.optimizer=muon", "take training.optimizer=adamw, or distributed.strategy=fsdp"),
+        ("training.amp_dtype=fp16", "take training.amp_dtype=bf16, or distributed.strategy=fsdp"),
+    ],
+)
+def test_what_zero_cannot_do_is_refused(override, message):
+    overrides = ["distributed.enabled=true", "distributed.strategy=deepspeed", "training.use_amp=true", override]
+    with pytest.raises(ConfigError, match=message):
+        DeepSpeedStrategy(override_config(strategy_cases.BASE, overrides), RankContext(0, 0, 2, torch.device("cpu")))

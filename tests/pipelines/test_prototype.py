@@ -59,7 +59,10 @@ def test_the_workflow_leaves_run_folders_an_export_and_a_report(folder):
 def test_steps_pass_json_references_and_a_page_and_no_pickles(first_run):
     _, done = first_run
     outputs = [output for step in done.steps.values() for found in step.outputs.values() for output in found]
-    assert {output.materializer.attribute for output in outputs} == {"PydanticMaterializer", "StructuredStringMaterializer"}
+    assert {output.materializer.attribute for output in outputs} == {
+        "PydanticMaterializer",
+        "StructuredStringMaterializer",
+    }
     for output in outputs:
         if output.name != "report_page":
             assert output.load().is_intact()
@@ -95,6 +98,7 @@ def test_the_same_run_again_comes_from_the_cache(first_run):
     assert set(statuses.values()) == {"cached"}
 
 
+@pytest.mark.slow
 def test_a_stage_whose_folder_is_gone_is_made_again(folder):
     shutil.rmtree(folder / "pretrain")
     statuses, _ = run()
@@ -104,6 +108,7 @@ def test_a_stage_whose_folder_is_gone_is_made_again(folder):
     assert set(run()[0].values()) == {"cached"}
 
 
+@pytest.mark.slow
 def test_a_touched_model_is_restored_without_training(folder, capfd):
     weights = folder / "pretrain" / "final_model" / "model.safetensors"
     good = weights.read_bytes()
@@ -114,6 +119,16 @@ def test_a_touched_model_is_restored_without_training(folder, capfd):
     assert "pretrain: step" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_changed_corpus_is_prepared_and_trained_on(folder, workspace):
+    corpus = workspace / "corpus.jsonl"
+    corpus.write_text(corpus.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    statuses, done = run()
+    assert (statuses["check"], statuses["prepare_data"], statuses["pretrain"]) == ("cached", "completed", "completed")
+    assert done.steps["prepare_data"].outputs["data"][0].load().is_intact()
+
+
+@pytest.mark.slow
 def test_changed_code_makes_its_stage_anew(folder, monkeypatch):
     real = caching.hash_code
     before = json.loads((folder / "pretrain" / "run.json").read_text(encoding="utf-8"))["started_at"]
@@ -126,11 +141,3 @@ def test_changed_code_makes_its_stage_anew(folder, monkeypatch):
     assert (statuses["prepare_data"], statuses["pretrain"]) == ("cached", "completed")
     assert json.loads((folder / "pretrain" / "run.json").read_text(encoding="utf-8"))["started_at"] > before
     assert list((folder / "pretrain" / "previous").glob("pretrain*/metrics.jsonl"))
-
-
-def test_a_changed_corpus_is_prepared_and_trained_on(folder, workspace):
-    corpus = workspace / "corpus.jsonl"
-    corpus.write_text(corpus.read_text(encoding="utf-8") * 2, encoding="utf-8")
-    statuses, done = run()
-    assert (statuses["check"], statuses["prepare_data"], statuses["pretrain"]) == ("cached", "completed", "completed")
-    assert done.steps["prepare_data"].outputs["data"][0].load().is_intact()

@@ -224,6 +224,7 @@ def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_compiled_blocks_give_the_eager_losses(train_tiny):
     eager = losses(train_tiny(folder="eager")[1])
     compiled = losses(train_tiny("training.compile=true", folder="compiled")[1])

@@ -47,7 +47,10 @@ class DataConfig(Section):
         None,
         description="Folder of local copies of hub datasets, each under its short name or hub id, read in place of the hub.",
     )
-    streaming: bool = Field(False, description="Read hub datasets as a stream instead of downloading them whole.")
+    streaming: bool = Field(
+        False,
+        description="Read hub datasets as a stream, as far as `train_samples` needs, instead of downloading them whole.",
+    )
     num_workers: int = Field(0, ge=0, description="Loader processes per rank; 0 loads in the training process.")
     cache_dir: str = Field("./outputs/data", min_length=1, description="Folder of the prepared token shards.")
     max_quarantine_fraction: float = Field(

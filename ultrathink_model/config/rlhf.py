@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ultrathink_model.config.section import Section
 
@@ -60,3 +60,12 @@ class RLHFConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Probability mass that the rollouts are drawn from.")
     group_size: int = Field(8, ge=2, description="Responses per prompt under `algorithm: grpo`.")
     dpo_beta: float = Field(0.1, gt=0, description="Strength of the reference under `algorithm: dpo`.")
+
+    @model_validator(mode="after")
+    def _adaptive_weight_can_move(self) -> "RLHFConfig":
+        if self.adaptive_kl and self.kl_weight == 0:
+            raise ValueError(
+                "rlhf.adaptive_kl=true multiplies rlhf.kl_weight, and 0 stays 0; give a weight above 0, or set "
+                "rlhf.adaptive_kl=false"
+            )
+        return self

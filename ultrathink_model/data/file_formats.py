@@ -14,7 +14,7 @@ from ultrathink_model.errors import DataError
 BLOCK_BYTES = 2**20
 # A text file is one document up to this many characters. Longer ones are cut at the end of a line, so that memory does
 # not grow with the file.
-DOCUMENT_CHARACTERS = 2**24
+DOCUMENT_CHARACTERS = 2**22
 PARQUET_BATCH_ROWS = 256
 
 Reader = Callable[[Path, str, str], Iterator[Row | BadRow]]

@@ -85,7 +85,7 @@ class Intake:
         self._examples.setdefault(row.rule, row)
         if self._quarantine_file is not None:
             with self._quarantine_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row.as_dict(), ensure_ascii=False) + "\n")
+                file.write(json.dumps({"source": self.name} | row.as_dict(), ensure_ascii=False) + "\n")
 
     def _check_quarantine(self) -> None:
         limit = self._data.max_quarantine_fraction
@@ -109,7 +109,7 @@ class Intake:
 def hold_out(texts: Iterator[str], every: int) -> Iterator[tuple[Split, str]]:
     """Holds out every n-th document: of fewer than n the last one, and of a lone document its last n-th part.
 
-    By index and not at random: the split of a growing source keeps what it held, and any tool can repeat it.
+    By index and not at random: a source of n documents or more keeps its split as it grows, and any tool can repeat it.
     """
     first = list(islice(texts, every))
     if len(first) == 1:

@@ -3,10 +3,12 @@
 import functools
 import logging
 import math
+import signal
 from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ultrathink_model.config import Config
@@ -130,8 +132,15 @@ class TrainLoader:
                 sampler=_StepsFrom(self._first_step),
                 num_workers=self._workers,
                 prefetch_factor=PREFETCHED_STEPS,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_leave_interrupts_to_the_trainer,
             )
         )
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    # A terminal sends Ctrl-C to every process of the group; the trainer saves first, and its workers must outlive that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Steps(Dataset[list[Batch]]):

@@ -1,32 +1,18 @@
 """Preparation: from the sources of a config to a folder of token shards, named by a hash of what it was made from."""
 
 import hashlib
-import itertools
 import json
 import logging
-import os
-import shutil
-import time
 from pathlib import Path
-from typing import Literal
 
 from filelock import FileLock
 
 from ultrathink_model.config import Config
-from ultrathink_model.data.intake import Intake
-from ultrathink_model.data.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    DataManifest,
-    add_up,
-    load_manifest,
-    save_manifest,
-)
+from ultrathink_model.data.manifest import FORMAT_VERSION, MANIFEST_NAME, DataManifest, load_manifest
 from ultrathink_model.data.mixture import list_sources
-from ultrathink_model.data.sources import open_source
-from ultrathink_model.data.tokenize import SPLITS, Ingredient, write_source
+from ultrathink_model.data.sources import Ingredient, open_source
 from ultrathink_model.data.tokenizer import check_fits
-from ultrathink_model.data.tokenizer_choice import choose_tokenizer, tokenizer_identity
+from ultrathink_model.data.tokenizer_choice import tokenizer_identity
 from ultrathink_model.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +40,10 @@ def prepare_data(config: Config) -> DataManifest:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f".{fingerprint}.lock"):
                 if not (folder / MANIFEST_NAME).is_file():
-                    _prepare_folder(config, ingredients, fingerprint, folder)
+                    # Imported here because pandera takes seconds, which a run whose data lies prepared does not wait for.
+                    from ultrathink_model.data.build import build_folder  # noqa: PLC0415
+
+                    build_folder(config, ingredients, fingerprint, folder)
     except OSError as error:
         raise DataError(
             f"data.cache_dir={config.data.cache_dir} cannot be written ({error}); free space there, or set another folder."
@@ -95,71 +84,3 @@ def _fingerprint(config: Config, ingredients: list[Ingredient]) -> str:
         # A stream is read only as far as the epoch needs it.
         parts["train_samples"] = config.data.train_samples
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _prepare_folder(config: Config, ingredients: list[Ingredient], fingerprint: str, folder: Path) -> None:
-    """Builds the folder beside its place and renames it there; leftovers of a killed preparation go first."""
-    for leftover in folder.parent.glob(f".{fingerprint}.part*"):
-        shutil.rmtree(leftover)
-    # A folder without its manifest was not written by a preparation: the rename below needs the place free.
-    if folder.exists():
-        shutil.rmtree(folder)
-    part = folder.parent / f".{fingerprint}.part{os.getpid()}"
-    part.mkdir()
-    try:
-        _fill_folder(config, ingredients, fingerprint, part)
-        for ingredient in ingredients:
-            if ingredient.source.identity() != ingredient.identity:
-                raise DataError(f"data.dataset={ingredient.source.name} changed while it was read; start again.")
-        _sync_tree(part)
-        part.rename(folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str, part: Path) -> None:
-    started = time.monotonic()
-    intakes = [Intake(ingredient.source, config.data) for ingredient in ingredients]
-    tokenizer = choose_tokenizer(config, intakes)
-    check_fits(tokenizer.vocab_size, config.model.vocab_size, config.data.tokenizer_name)
-    tokenizer.save(part / "tokenizer")
-    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    infos = [
-        write_source(config, ingredient, tokenizer, part, f"{number:02d}", dtype)
-        for number, ingredient in enumerate(ingredients)
-    ]
-    manifest = DataManifest(
-        path=part,
-        fingerprint=fingerprint,
-        tokenizer_hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-        sequence_length=config.model.max_seq_length,
-        token_dtype=dtype,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        splits={split: add_up(info.splits[split] for info in infos) for split in SPLITS},
-        sources=infos,
-        quarantined=sum(info.quarantined for info in infos),
-    )
-    save_manifest(manifest, part)
-    size = sum(split.bytes for split in manifest.splits.values()) / 1e6
-    seconds = time.monotonic() - started
-    logger.info("prepared %.1f MB of text in %.1f s (%.1f MB/s)", size, seconds, size / seconds)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Forces a folder's names and its files' bytes to the disk, so that the rename never comes before them."""
-    for path in itertools.chain(folder.rglob("*"), [folder]):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    # Windows opens no folders, and keeps their names without being asked.
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,11 @@
 """Where documents come from: one interface, and the choice of the source that a name stands for."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from ultrathink_model.config.data import DataConfig
+from ultrathink_model.config.data import DataConfig, DataSource
 from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.dummy import DummySource
 from ultrathink_model.data.file_hashes import FileHashes
@@ -46,6 +46,15 @@ class Source(Protocol):
     def rows(self, split: Split) -> Iterator[Row | BadRow]:
         """The rows of a split, read as a stream."""
         ...
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A source of the mixture, and the identity that the fingerprint was made of."""
+
+    spec: DataSource
+    source: Source
+    identity: dict[str, object]
 
 
 BUILT_IN: dict[str, Callable[[], Source]] = {"sotu": SotuSource, "dummy": DummySource}

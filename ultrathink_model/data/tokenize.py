@@ -2,17 +2,17 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ultrathink_model.config import Config
-from ultrathink_model.config.data import DataSource
 from ultrathink_model.data.intake import Intake
 from ultrathink_model.data.manifest import SourceInfo, Split, SplitInfo
 from ultrathink_model.data.pack import count_sequences
 from ultrathink_model.data.shards import ShardWriter
-from ultrathink_model.data.sources import Source
+from ultrathink_model.data.sources import Ingredient
 from ultrathink_model.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -21,15 +21,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 QUARANTINE_NAME = "quarantine.jsonl"
 # Text is encoded in batches of about this many characters: enough for all processors, little enough for memory.
 BATCH_CHARACTERS = 2**22
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """A source of the mixture, and the identity that its fingerprint was made of."""
-
-    spec: DataSource
-    source: Source
-    identity: dict[str, object]
+PROGRESS_SECONDS = 15.0
 
 
 def write_source(
@@ -44,6 +36,7 @@ def write_source(
     logger.info("tokenizing %s", source.name)
     intake = Intake(source, config.data, quarantine_file=folder / QUARANTINE_NAME)
     bound = _tokens_needed(config, ingredient)
+    told = time.monotonic()
     sizes: dict[Split, _Size] = {split: _Size() for split in SPLITS}
     with (
         ShardWriter(folder, f"train/{number}", dtype) as train,
@@ -55,6 +48,11 @@ def write_source(
                 writers[split].add([*ids, tokenizer.eos_id])
                 sizes[split].add(text, len(ids) + 1)
             intake.train_full = sizes["train"].tokens >= bound
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                logger.info(
+                    "%s: %d rows read, %.0f MB of training text", source.name, intake.rows, sizes["train"].bytes / 1e6
+                )
     if intake.quarantined:
         logger.warning("%s: %d of %d rows are in %s", source.name, intake.quarantined, intake.rows, QUARANTINE_NAME)
     return SourceInfo(

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ultrathink_model.config import Config
-from ultrathink_model.data.intake import Intake
 from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.data.tokenizer_training import train_tokenizer
+
+if TYPE_CHECKING:
+    from ultrathink_model.data.intake import Intake
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ def tokenizer_identity(config: Config) -> dict[str, object]:
     return {"hash": Tokenizer.load(name).hash}
 
 
-def choose_tokenizer(config: Config, intakes: Sequence[Intake]) -> Tokenizer:
+def choose_tokenizer(config: Config, intakes: "Sequence[Intake]") -> Tokenizer:
     """Trains, converts or loads the tokenizer of the config.
 
     Raises:
@@ -45,7 +48,7 @@ def choose_tokenizer(config: Config, intakes: Sequence[Intake]) -> Tokenizer:
     return Tokenizer.load(name)
 
 
-def _training_texts(intakes: Sequence[Intake], characters: int) -> Iterator[str]:
+def _training_texts(intakes: "Sequence[Intake]", characters: int) -> Iterator[str]:
     """The training documents of all sources, of each up to a number of characters."""
     for intake in intakes:
         rest = characters

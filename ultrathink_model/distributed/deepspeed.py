@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import logging
 import os
 import warnings
@@ -19,10 +18,10 @@ from torch.optim import Optimizer
 
 from ultrathink_model.config import Config
 from ultrathink_model.distributed.context import RankContext
-from ultrathink_model.distributed.deepspeed_config import deepspeed_config
+from ultrathink_model.distributed.deepspeed_config import deepspeed_config, require_deepspeed
 from ultrathink_model.distributed.interface import MakeOptimizer, Strategy
 from ultrathink_model.distributed.state import initialise_state, require_same_names
-from ultrathink_model.errors import ConfigError, DependencyError
+from ultrathink_model.errors import ConfigError
 
 
 class DeepSpeedStrategy(Strategy):
@@ -37,11 +36,7 @@ class DeepSpeedStrategy(Strategy):
 
     def __init__(self, config: Config, context: RankContext) -> None:
         super().__init__(config, context)
-        if importlib.util.find_spec("deepspeed") is None:
-            raise DependencyError(
-                "distributed.strategy=deepspeed needs the package deepspeed: "
-                "DS_BUILD_OPS=0 pip install 'ultrathink-model[deepspeed]', or take distributed.strategy=fsdp"
-            )
+        require_deepspeed()
         if config.training.optimizer == "muon":
             raise ConfigError(
                 "training.optimizer=muon moves whole matrices, and distributed.strategy=deepspeed cuts weights into "

@@ -1,5 +1,6 @@
 """DeepSpeed's JSON file, with what our config decides filled in."""
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from ultrathink_model.config import Config
 from ultrathink_model.distributed.context import RankContext
-from ultrathink_model.errors import ConfigError
+from ultrathink_model.errors import ConfigError, DependencyError
 
 SHIPPED_FOLDER = Path("configs")
 
@@ -19,6 +20,19 @@ REFUSED_SECTIONS = {
 }
 
 logger = logging.getLogger(__name__)
+
+
+def require_deepspeed() -> None:
+    """Refuses to go on without the package; it does not import it, which takes seconds.
+
+    Raises:
+        DependencyError: DeepSpeed is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise DependencyError(
+            "distributed.strategy=deepspeed and distributed.launcher=deepspeed need the package deepspeed: "
+            "DS_BUILD_OPS=0 pip install 'ultrathink-model[deepspeed]', or take torchrun and distributed.strategy=fsdp"
+        )
 
 
 def deepspeed_config(config: Config, context: RankContext) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from ultrathink_model.config import Config
 from ultrathink_model.distributed import rank as rank_process
 from ultrathink_model.distributed.context import strategy_name
+from ultrathink_model.distributed.deepspeed_config import require_deepspeed
 from ultrathink_model.distributed.rank import Outcome, outcomes
 from ultrathink_model.errors import DistributedError, TrainingStoppedError, UltrathinkError
 
@@ -32,6 +33,7 @@ GRACE_SECONDS = 40
 
 DEEPSPEED_LAUNCHER = """
 import runpy
+from ultrathink_model.distributed.deepspeed_config import require_deepspeed
 from ultrathink_model.distributed.rank import die_with_parent
 die_with_parent()
 runpy.run_module("deepspeed.launcher.launch", run_name="__main__")
@@ -69,6 +71,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], config: Config) -> 
             when a signal ended the ranks.
         DistributedError: A rank was killed.
         RankFailedError: A rank raised anything else.
+        DependencyError: DeepSpeed's launcher is asked for and not installed.
     """
     if "RANK" in os.environ or strategy_name(config) == "single":
         return entry(*args)
@@ -136,6 +139,7 @@ def _start_with_torchrun(folder: Path, count: int) -> Ending:
 
 def _start_with_deepspeed(folder: Path, count: int) -> Ending:
     """Runs the ranks under DeepSpeed's launcher, as a child process."""
+    require_deepspeed()
     hosts = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(count))}).encode()).decode()
     command = [sys.executable, "-u", "-c", DEEPSPEED_LAUNCHER, f"--world_info={hosts}", "--node_rank=0"]
     command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--quiet", "--no_local_rank", "--module"]

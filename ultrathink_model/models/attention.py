@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultrathink_model.config import Config
+from ultrathink_model.models.norm import RMSNorm
 from ultrathink_model.models.tokens import Rotation, Tokens
 
 
@@ -35,8 +36,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = model.num_heads, model.kv_heads, model.head_size
         self.fused_kernels = model.use_flash_attention
         self.qkv = nn.Linear(model.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps)
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps)
+        self.query_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
+        self.key_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
         self.output = nn.Linear(self.num_heads * self.head_dim, model.hidden_size, bias=False)
 
     def forward(

@@ -30,6 +30,7 @@ RUN_CONFIG_FILE = "ultrathink.yaml"
 ROUTING_FILE = "routing_state.json"
 # Our model is the attribute `model` of the class that `transformers` loads.
 OWN_PREFIX = "model."
+TIED_HEAD = "lm_head.weight"
 
 
 def save_model(
@@ -114,9 +115,18 @@ def read_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     folder = existing_folder(Path(folder))
     files = WeightFiles(folder)
     if is_own_architecture(config):
-        yield from ((name.removeprefix(OWN_PREFIX), files[name]) for name in files)
-        return
-    yield from from_qwen3(files, config)
+        with torch.device("meta"):
+            names = Transformer(config).state_dict()
+        yield from ((name, files[f"{OWN_PREFIX}{name}"]) for name in names)
+    else:
+        yield from from_qwen3(files, config)
+    # Tied models are sometimes saved with the copy.
+    unknown = [name for name in files.unread if not (config.model.tie_embeddings and name == TIED_HEAD)]
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: its safetensors hold {len(unknown)} weights that its config has no place for, "
+            f"{', '.join(unknown[:3])} among them; its files do not belong together, or it is another architecture."
+        )
     if (folder / ROUTING_FILE).is_file():
         yield from ((name, torch.tensor(values)) for name, values in read_json(folder / ROUTING_FILE).items())
 

@@ -124,7 +124,7 @@ def config_from_hugging_face(folder: Path) -> Config:
         "rope_theta": theirs["rope_parameters"]["rope_theta"],
         "norm_eps": theirs["rms_norm_eps"],
         "tie_embeddings": theirs["tie_word_embeddings"],
-        "sliding_window": theirs["sliding_window"] if theirs["use_sliding_window"] else None,
+        "sliding_window": _sliding_window(theirs),
         "initializer_range": theirs["initializer_range"],
     }
     values: dict[str, Any] = {"model": model, "data": {"tokenizer_name": str(folder)}}
@@ -173,18 +173,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_what_differs(theirs: Mapping[str, Any], folder: Path) -> None:
-    layers = theirs["num_hidden_layers"]
-    sliding = theirs.get("layer_types") or []
-    rules = {
+    """Refuses what our architecture has no switch for; both families agree on the other values."""
+    only = {
         "hidden_act": (theirs["hidden_act"], "silu"),
         "attention_bias": (theirs["attention_bias"], False),
-        "rope_parameters.rope_type": (theirs["rope_parameters"]["rope_type"], "default"),
-        "layers with a sliding window": (sliding.count("sliding_attention") % max(layers, 1), 0),
+        "rope_type": (theirs["rope_parameters"]["rope_type"], "default"),
+        "kinds of attention in layer_types": (len(set(theirs.get("layer_types") or ["full_attention"])), 1),
         "mlp_only_layers": (theirs.get("mlp_only_layers") or [], []),
         "norm_topk_prob": (theirs.get("norm_topk_prob", True), True),
     }
-    for name, (value, wanted) in rules.items():
+    for name, (value, wanted) in only.items():
         if value != wanted:
             raise CheckpointError(
-                f"{folder / CONFIG_FILE}: {name} is {value!r}; our model has only {wanted!r}. Take another model."
+                f"{folder / CONFIG_FILE}: {name} is {value!r}, and our architecture has only {wanted!r}; "
+                "take another model."
             )
+
+
+def _sliding_window(theirs: Mapping[str, Any]) -> int | None:
+    layer_types = theirs.get("layer_types")
+    slides = theirs["use_sliding_window"] if layer_types is None else "sliding_attention" in layer_types
+    window: int | None = theirs["sliding_window"]
+    return window if slides else None

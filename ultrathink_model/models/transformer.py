@@ -14,6 +14,7 @@ from ultrathink_model.config import Config
 from ultrathink_model.models.attention import Attention, FeedForward, LayerCache
 from ultrathink_model.models.loss import chunked_cross_entropy
 from ultrathink_model.models.moe import MixtureOfExperts
+from ultrathink_model.models.norm import RMSNorm
 from ultrathink_model.models.reasoning import DepthRouter
 from ultrathink_model.models.routing import Routing
 from ultrathink_model.models.tokens import Rotation, Tokens
@@ -42,9 +43,9 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         model = config.model
-        self.attention_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.attention_norm = RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.feed_forward_norm = RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.feed_forward = MixtureOfExperts(config) if is_mixture(config, layer) else FeedForward(config)
         self.depth_router = DepthRouter(config) if is_routed(config, layer) else None
 
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
-        self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.norm = RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         self._rotation: Rotation | None = None
         self._counts: dict[str, Tensor] = {}

@@ -73,6 +73,7 @@ class WeightFiles(Mapping[str, Tensor]):
         self._folder = folder
         self._files: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = {}
+        self._read: set[str] = set()
         for name in _weight_files(folder):
             file = _open(folder / name)
             self._files[name] = file
@@ -84,8 +85,14 @@ class WeightFiles(Mapping[str, Tensor]):
                 f"{self._folder}: its safetensors hold no weight {name}, which its config asks for; "
                 "save or download the model again."
             )
+        self._read.add(name)
         tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
         return tensor
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of the weights that nobody has asked for yet."""
+        return [name for name in self if name not in self._read]
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of

@@ -40,6 +40,7 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         parts: Mapping[Tensor, tuple[int, ...]] | None = None,
+        product_dtype: torch.dtype | None = None,
     ) -> None:
         """Prepares the state.
 
@@ -49,12 +50,14 @@ class Muon(Optimizer):
             betas: AdamW's decay of the first and second moment.
             eps: AdamW's term against division by zero.
             parts: Rows of each matrix in a weight that holds several, one above the other.
+            product_dtype: Number format of the iteration's matrix products; None takes the weights'.
 
         Raises:
             ConfigError: A weight under `muon` is not a matrix, as when DeepSpeed ZeRO flattens the weights.
         """
         super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps})
         self._parts = dict(parts or {})
+        self._product_dtype = product_dtype
         for group in self.param_groups:
             for parameter in group["params"] if group["rule"] == "muon" else ():
                 _require_matrix(parameter)
@@ -136,11 +139,12 @@ class Muon(Optimizer):
             updates: This rank's part of each weight's update.
         """
         parts = [self._parts.get(parameter, parameter.shape[-2:-1]) for parameter in parameters]
+        dtype = self._product_dtype
         if _holds_whole_matrices(parameters[0]):
             # Each rank has matrices of its own: there is nothing to gather and nothing to share out.
-            return _matrix_directions(updates, parts, orthogonalise)
+            return _matrix_directions(updates, parts, dtype, orthogonalise)
         whole = [_gathered(update, parameter) for update, parameter in zip(updates, parameters, strict=True)]
-        directions = _matrix_directions(whole, parts, orthogonalise_over_ranks)
+        directions = _matrix_directions(whole, parts, dtype, orthogonalise_over_ranks)
         return [_cut(direction, parameter) for direction, parameter in zip(directions, parameters, strict=True)]
 
 
@@ -162,7 +166,10 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[int]]:
 
 
 def _matrix_directions(
-    updates: list[Tensor], parts: list[tuple[int, ...]], solve: Callable[[Tensor], Tensor]
+    updates: list[Tensor],
+    parts: list[tuple[int, ...]],
+    dtype: torch.dtype | None,
+    solve: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
     """sqrt(max(1, rows / columns)) times the orthogonal factor of each matrix, matrices of one shape as one batch."""
     directions = [torch.empty_like(update) for update in updates]
@@ -174,7 +181,7 @@ def _matrix_directions(
             source, sink = (matrix.mT, target.mT) if tall else (matrix, target)
             alike[(source.shape[-2], source.shape[-1])].append((source, sink))
     for (short, long), pairs in alike.items():
-        factors = solve(torch.cat([source.reshape(-1, short, long) for source, _ in pairs]))
+        factors = solve(torch.cat([source.to(dtype).reshape(-1, short, long) for source, _ in pairs]))
         for factor, (_, sink) in zip(factors.split([s.shape[:-2].numel() for s, _ in pairs]), pairs, strict=True):
             sink.copy_(factor.reshape(sink.shape))
     for direction, rows in zip(directions, parts, strict=True):

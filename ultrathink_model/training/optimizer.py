@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -24,7 +25,13 @@ def make_optimizer(training: TrainingConfig, module: nn.Module) -> Optimizer:
     if training.optimizer == "adamw":
         return AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=True)
     return Muon(
-        groups, momentum=training.muon_momentum, betas=betas, eps=training.adam_eps, parts=fused_matrices(module)
+        groups,
+        momentum=training.muon_momentum,
+        betas=betas,
+        eps=training.adam_eps,
+        parts=fused_matrices(module),
+        # The iteration bears bfloat16, which has fp16's speed and no range to overflow.
+        product_dtype=torch.bfloat16 if training.use_amp else None,
     )
 
 

@@ -15,20 +15,13 @@ ROUNDS = 5
 def orthogonalise(matrices: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch rows columns"]:
     """Replaces the singular values of each matrix by numbers near 1 and keeps its singular vectors.
 
-    On a GPU it computes in bfloat16, which the iteration bears and the tensor cores reward; a processor without
-    bfloat16 products is faster in float32, so there the input's precision stays.
-
     Args:
-        matrices: Any number of leading batch dimensions; a zero matrix stays zero.
-
-    Returns:
-        The factors, in the precision of the computation.
+        matrices: Any number of leading batch dimensions; a zero matrix stays zero. The computation is in their
+            precision; bfloat16 does.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
-    if tall:
-        x = x.mT
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7).to(x.dtype)
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     x = x.reshape(-1, *x.shape[-2:])  # (batch, short, long)
     a, b, c = NEWTON_SCHULZ
     for _ in range(ROUNDS):

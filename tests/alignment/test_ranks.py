@@ -1,0 +1,59 @@
+"""Two real ranks over gloo against one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ultrathink_model.alignment.align import align
+from ultrathink_model.config import override_config
+from ultrathink_model.distributed.launch import launch
+from ultrathink_model.errors import ConfigError
+from ultrathink_model.models.hf import load_model
+from ultrathink_model.tracking.metrics import read_metrics
+
+TWO_RANKS = ["distributed.enabled=true", "distributed.num_processes=2"]
+
+
+def align_on_rank(config, manifest, init_from):
+    return align(config, manifest=manifest, run_name="r", init_from=init_from)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
+def test_stage_runs_on_two_ranks(config, manifest, routed_folder, algorithm):
+    config = override_config(config, [*TWO_RANKS, f"rlhf.algorithm={algorithm}"])
+    result = launch(align_on_rank, (config, manifest, routed_folder), config)
+    rows = read_metrics(Path(result.output_dir) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[0]["rlhf/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["rlhf/update_steps"] > 0
+
+
+def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(config, manifest, dense_folder, tmp_path):
+    # No rollout is learnt from under DPO, and one minibatch holds the round, so that both runs see the same pairs.
+    config = override_config(config, ["rlhf.algorithm=dpo", "rlhf.ppo_minibatch_size=16", "rlhf.rlhf_iterations=2"])
+    one = align_on_rank(config, manifest, dense_folder)
+    two_config = override_config(config, [*TWO_RANKS, f"output.output_dir={tmp_path / 'two'}"])
+    two = launch(align_on_rank, (two_config, manifest, dense_folder), two_config)
+    one_rows, two_rows = (read_metrics(Path(result.output_dir) / "metrics.jsonl") for result in (one, two))
+    # Sums in another order: rounding, which AdamW's first steps make larger.
+    for name in ("rlhf/reward_loss", "rlhf/policy_loss", "rlhf/margin"):
+        assert two_rows[0][name] == pytest.approx(one_rows[0][name], rel=1e-3, abs=1e-4), name
+    assert two_rows[1]["rlhf/policy_loss"] == pytest.approx(one_rows[1]["rlhf/policy_loss"], rel=1e-3)
+    expected = load_model(Path(one.final_model)).state_dict()
+    for name, tensor in load_model(Path(two.final_model)).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rlhf.ppo_minibatch_size=1"], r"rlhf\.ppo_minibatch_size=1 does not divide over 2 ranks"),
+        (["rlhf.algorithm=grpo", "rlhf.group_size=16"], r"rlhf\.ppo_batch_size=16 in groups of 16 does not divide"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(config, manifest, dense_folder, overrides, message):
+    config = override_config(config, [*TWO_RANKS, *overrides])
+    with pytest.raises(ConfigError, match=message):
+        launch(align_on_rank, (config, manifest, dense_folder), config)

@@ -1,0 +1,54 @@
+"""Root-mean-square normalisation with a fast gradient on the CPU."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.RMSNorm):
+    """`x / sqrt(mean(x²) + eps) · weight` over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    The result has the format of `x`, also under autocast, where the weight's would keep PyTorch from its fused kernel.
+    """
+
+    eps: float
+
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Normalises each row."""
+        weight = self.weight.to(x.dtype)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _RMSNormOnCPU.apply(x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """PyTorch 2.13 has a fused forward pass on the CPU, but a backward pass of a dozen operations: 7 times slower.
+
+    With `r = 1 / sqrt(mean(x²) + eps)` and `h = grad · weight` the gradient is `r (h - x r mean(h x r))`. LayerNorm's
+    fused backward pass at mean 0 gives that less `r mean(h)`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        width = x.shape[-1]
+        rows, row_grad = x.reshape(-1, width), grad.reshape(-1, width)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=exact)
+        scale = (norm.square() / width + ctx.eps).rsqrt().to(x.dtype)
+        x_grad, weight_grad, _ = torch.ops.aten.native_layer_norm_backward(
+            row_grad, rows, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False]
+        )
+        x_grad += (row_grad @ weight).unsqueeze(1) * scale / width
+        return x_grad.view_as(x), weight_grad, None
