@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from filelock import FileLock, Timeout
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
-from zenml.orchestrators.publish_utils import publish_pipeline_run_status_update
+from zenml.orchestrators.publish_utils import publish_failed_step_run, publish_pipeline_run_status_update
 
 from steps.caching import expire_stale_results
 from ultrathink_model.errors import ConfigError
@@ -64,6 +64,9 @@ def _close_abandoned_runs(plan: WorkflowPlan) -> None:
         folders = {step.config.parameters.get("plan", {}).get("folder") for step in steps}
         if folders == {str(plan.folder)}:
             logger.warning("run %s was cut off and is shown as failed from now on.", run.name)
+            for step in run.steps.values():
+                if not step.status.is_finished:
+                    publish_failed_step_run(step.id)
             publish_pipeline_run_status_update(
                 run.id, ExecutionStatus.FAILED, status_reason=f"its process ended; closed by process {os.getpid()}"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 import train_advanced
 import train_ultrathink
@@ -176,6 +177,14 @@ def test_a_missing_config_file_is_refused(call):
         2,
         "--config nowhere.yaml: No such file or directory. Shipped configs lie in configs/train_*.yaml.\n",
     )
+
+
+def test_two_runs_do_not_share_a_folder(call, config_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        code, _, error = call(train_advanced, "--config", config_file)
+    assert code == 2
+    assert "another process trains there" in error
 
 
 def test_an_unknown_flag_names_the_nearest_one(call):

@@ -3,15 +3,19 @@
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from ultrathink_model.alignment.align import align
 from ultrathink_model.config import Config
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.prepare import prepare_data
 from ultrathink_model.distributed.launch import launch
+from ultrathink_model.errors import ConfigError
 from ultrathink_model.evaluation.evaluate import evaluate_model
 from ultrathink_model.evaluation.result import EvaluationResult
 from ultrathink_model.models.hf import read_model_config
@@ -50,6 +54,7 @@ def run_stage(
 
     Raises:
         UltrathinkError: The config, the data, `init_from` or a checkpoint cannot be used.
+        ConfigError: Another process trains in the same folder.
         TrainingStoppedError: A signal stopped the run after its state was saved.
     """
     if init_from is not None:
@@ -57,15 +62,16 @@ def run_stage(
     if manifest is None:
         # Every rank asks for it; the first one on a machine prepares it, and the others wait for that one.
         manifest = prepare_data(config)
-    result: StageResult = launch(_train_on_rank, (config, manifest, init_from, run_name, place), config)
-    if not _is_first_rank():
-        return result
     folder = RunFolder(config.output.output_dir)
-    if evaluate:
-        evaluate_stage(config, manifest, run_name)
-        _upload(config, folder, run_name, [folder.final_model])
-    else:
-        write_report([folder.path], folder.report_file, run_name)
+    with _sole_user(folder):
+        result: StageResult = launch(_train_on_rank, (config, manifest, init_from, run_name, place), config)
+        if not _is_first_rank():
+            return result
+        if evaluate:
+            evaluate_stage(config, manifest, run_name)
+            _upload(config, folder, run_name, [folder.final_model])
+        else:
+            write_report([folder.path], folder.report_file, run_name)
     return result
 
 
@@ -97,6 +103,26 @@ def describe_results(config: Config) -> None:
     if config.logging.use_mlflow:
         program = Path(sys.executable).parent / "mlflow"
         print(f"  {'MLflow':8}{program} ui --backend-store-uri {config.logging.mlflow_tracking_uri}")
+
+
+@contextmanager
+def _sole_user(folder: RunFolder) -> Iterator[None]:
+    """Keeps other processes out of a run's folder; the system lets go of it however this one ends."""
+    if not _is_first_rank():
+        yield
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"output.output_dir={folder.path}: another process trains there; wait for it, or name another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_first_rank() -> bool:

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import tiktoken
+import tiktoken.registry
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -202,9 +203,11 @@ def test_tiktoken_tokenizers_are_converted_exactly(name, size, tiktoken_cache, t
 
 
 @pytest.mark.slow
-def test_a_damaged_tiktoken_cache_is_not_used(tiktoken_cache, tmp_path, monkeypatch):
+def test_a_damaged_tiktoken_cache_is_not_used(tmp_path, monkeypatch):
     from ultrathink_model.data.tokenizer_tiktoken import FILES, load_tiktoken
 
+    # Encodings that the process has already loaded are kept there.
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     (tmp_path / hashlib.sha1(FILES["cl100k_base"][0].encode()).hexdigest()).write_bytes(b"IQ== 0\n")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")

@@ -234,59 +234,67 @@ sys.meta_path.insert(0, OnlyPublicPackages())
 import torch
 from transformers import AutoModelForCausalLM
 
-folder, given, results = sys.argv[1:]
+given, results, *folders = sys.argv[1:]
 prompts, mask = torch.load(given)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 options = {"attention_mask": mask.long(), "max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-with torch.no_grad():
-    output = model(prompts, attention_mask=mask.long(), labels=prompts.where(mask, -100))
-model.save_pretrained(folder + "_again")
-again = AutoModelForCausalLM.from_pretrained(folder + "_again", trust_remote_code=True)
-torch.save(
-    {
+found = {}
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        output = model(prompts, attention_mask=mask.long(), labels=prompts.where(mask, -100))
+        last = model(prompts, attention_mask=mask.long(), logits_to_keep=1).logits
+    found[folder] = {
         "logits": output.logits,
         "loss": output.loss,
+        "last": last,
         "cached": model.generate(prompts, **options),
         "full": model.generate(prompts, **options, use_cache=False),
         "beams": model.generate(prompts, **options, num_beams=3),
         "full beams": model.generate(prompts, **options, num_beams=3, use_cache=False),
-        "again": again.generate(prompts, **options),
-        "last": model(prompts, attention_mask=mask.long(), logits_to_keep=1).logits,
-    },
-    results,
-)
+    }
+torch.save(found, results)
 """
 
 
-@pytest.mark.parametrize("overrides", OWN.values(), ids=OWN.keys())
-def test_own_architecture_runs_in_a_process_without_our_package(saved, random_tokens, tmp_path, overrides):
-    model, folder = saved(*overrides)
+def test_own_architecture_runs_in_a_process_without_our_package(small_model, tokenizer_folder, random_tokens, tmp_path):
+    models = {tmp_path / name: with_busy_routers(small_model(*overrides)).eval() for name, overrides in OWN.items()}
+    for folder, model in models.items():
+        save_model(model, tokenizer_folder, folder)
     prompts = random_tokens(3, 9)
     mask = left_padding(prompts, 9, 4, 7)
     torch.save((prompts, mask), tmp_path / "given.pt")
-    command = [sys.executable, "-I", "-c", CLEAN_PROCESS, folder, tmp_path / "given.pt", tmp_path / "results.pt"]
+    command = [sys.executable, "-I", "-c", CLEAN_PROCESS, tmp_path / "given.pt", tmp_path / "results.pt", *models]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    results = torch.load(tmp_path / "results.pt")
+    found = torch.load(tmp_path / "results.pt")
+    for folder, model in models.items():
+        assert_same_results(model, found[str(folder)], prompts, mask)
+
+
+def assert_same_results(model: Transformer, found: dict[str, Tensor], prompts: Tensor, mask: Tensor) -> None:
     with torch.no_grad():
         logits = model(prompts, attention_mask=mask).logits
-    torch.testing.assert_close(results["logits"][mask], logits[mask], **PARITY)
-    torch.testing.assert_close(results["last"], results["logits"][:, -1:], **PARITY)
+    torch.testing.assert_close(found["logits"][mask], logits[mask], **PARITY)
+    torch.testing.assert_close(found["last"], logits[:, -1:], **PARITY)
     targets = prompts.where(mask, -100)[:, 1:]
     expected_loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(results["loss"], expected_loss)
+    torch.testing.assert_close(found["loss"], expected_loss)
     text = generate(model, prompts, attention_mask=mask, max_new_tokens=20, temperature=0.0).tokens
-    for kind in ("cached", "full", "again"):
-        assert torch.equal(results[kind][:, 9:], text), kind
-    assert torch.equal(results["beams"], results["full beams"])
+    assert torch.equal(found["cached"][:, 9:], text)
+    assert torch.equal(found["full"][:, 9:], text)
+    assert torch.equal(found["beams"], found["full beams"])
 
 
-def test_own_architecture_loads_once_it_is_registered(saved, random_tokens):
+def test_own_architecture_loads_once_it_is_registered(saved, random_tokens, tmp_path):
     model, folder = saved(DRE)
     from ultrathink_model.models import hf_auto  # noqa: F401 - for what importing it does
 
-    assert_same_function(model, AutoModelForCausalLM.from_pretrained(folder), random_tokens(2, 19))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs).__module__ == "ultrathink_model.models.modeling_ultrathink"
+    assert_same_function(model, theirs, random_tokens(2, 19))
+    theirs.save_pretrained(tmp_path / "again")
+    assert_same_function(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"), random_tokens(2, 19))
 
 
 def test_failed_save_leaves_the_old_model(saved, small_model, tokenizer_folder, monkeypatch):
@@ -301,40 +309,47 @@ def test_failed_save_leaves_the_old_model(saved, small_model, tokenizer_folder, 
     assert_same_state(load_model(folder), other)
 
 
-@pytest.mark.parametrize("step", ["exchange", "exchange, half done", "removal"])
-def test_some_whole_version_stands_whenever_writing_is_cut_short(tmp_path, monkeypatch, step):
-    """The process is stopped before each change of a name; what stands then must be whole, and the next save works."""
+STOPPED_PROCESS = """
+import os, sys
+from pathlib import Path
+from ultrathink_model.models.model_folder import replaced_folder
+
+folder, last = Path(sys.argv[1]), int(sys.argv[2])
+changes = 0
+
+def stop(event, arguments):
+    global changes
+    if event in ("os.rename", "shutil.rmtree", "os.rmdir", "os.remove"):
+        changes += 1
+        if changes == last:
+            os._exit(9)
+
+with replaced_folder(folder) as new:
+    (new / "text").write_text("second")
+    sys.addaudithook(stop)
+"""
+
+
+def test_a_whole_version_stands_wherever_the_process_is_killed(tmp_path):
     folder = tmp_path / "final_model"
     with replaced_folder(folder) as new:
         (new / "text").write_text("first")
-    stop_at = {"exchange": 1, "exchange, half done": 2}.get(step)
-    renames = []
-
-    def stopped_rename(path: Path, target: Path) -> Path:
-        renames.append(path)
-        if len(renames) == stop_at:
-            os._exit(9)
-        os.rename(path, target)
-        return target
-
-    def stopped_rmtree(path: Path, **_: object) -> None:
-        if step == "removal" and len(renames) == 2:
-            os._exit(9)
-        shutil.rmtree(path, ignore_errors=True)
-
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(Path, "rename", stopped_rename)
-        monkeypatch.setattr("ultrathink_model.models.model_folder.shutil.rmtree", stopped_rmtree)
+    outcomes, in_place = [], []
+    for change in range(1, 20):
+        command = [sys.executable, "-c", STOPPED_PROCESS, folder, str(change)]
+        code = subprocess.run(command, check=False).returncode
+        in_place.append(folder.exists())
+        outcomes.append((existing_folder(folder) / "text").read_text())
         with replaced_folder(folder) as new:
-            (new / "text").write_text("second")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert (existing_folder(folder) / "text").read_text() == ("second" if step == "removal" else "first")
-    with replaced_folder(folder) as new:
-        (new / "text").write_text("third")
-    assert (folder / "text").read_text() == "third"
-    assert [path.name for path in tmp_path.iterdir()] == ["final_model"]
+            (new / "text").write_text("first")
+        assert [path.name for path in tmp_path.iterdir()] == ["final_model"]
+        if code == 0:
+            break
+        assert code == 9
+    assert code == 0
+    assert outcomes == sorted(outcomes)  # the first version up to some change, the second one from there
+    assert set(outcomes) == {"first", "second"}
+    assert in_place.count(False) == 1  # between the two renames
 
 
 def break_missing(folder: Path) -> None:

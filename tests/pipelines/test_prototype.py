@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from pipelines.prototype import prototype_pipeline
 from steps import caching
 from ultrathink_model.config import load_config

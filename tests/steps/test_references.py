@@ -33,7 +33,7 @@ def test_an_untouched_result_is_intact(reference, run_folder):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: shutil.rmtree(folder),
+        shutil.rmtree,
         lambda folder: shutil.rmtree(folder / "final_model"),
         lambda folder: (folder / "config.yaml").unlink(),
         lambda folder: (folder / "config.yaml").write_text("a: 2\n", encoding="utf-8"),

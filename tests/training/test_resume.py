@@ -243,8 +243,11 @@ def test_a_path_without_a_checkpoint_is_refused(train_tiny, tmp_path, name):
         train_tiny(f"training.resume={tmp_path / name}")
 
 
-def test_a_run_continues_over_another_number_of_ranks(train_tiny, base_config, manifest, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_a_run_continues_over_another_number_of_ranks(train_tiny, base_config, manifest, tmp_path, strategy, optimizer):
     settings = [
+        f"training.optimizer={optimizer}",
         "training.max_steps=6",
         "training.checkpoint_steps=3",
         "training.global_batch_size=8",
@@ -255,7 +258,12 @@ def test_a_run_continues_over_another_number_of_ranks(train_tiny, base_config, m
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for name in ("checkpoint_00000006.pt", "final_model"):
         shutil.rmtree(tmp_path / "two" / name)
-    two_ranks = [*settings, "distributed.enabled=true", f"output.output_dir={tmp_path / 'two'}"]
+    two_ranks = [
+        *settings,
+        "distributed.enabled=true",
+        f"distributed.strategy={strategy}",
+        f"output.output_dir={tmp_path / 'two'}",
+    ]
     run_ranks(2, _train_rank, override_config(base_config, two_ranks), manifest)
     again = read_metrics(tmp_path / "two" / "metrics.jsonl")
     assert [row["step"] for row in again] == [row["step"] for row in rows]

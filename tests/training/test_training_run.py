@@ -224,9 +224,26 @@ def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler trips over its own deprecations
 def test_compiled_blocks_give_the_eager_losses(train_tiny):
     eager = losses(train_tiny(folder="eager")[1])
     compiled = losses(train_tiny("training.compile=true", folder="compiled")[1])
     # Fused kernels round in other places.
     assert compiled == pytest.approx(eager, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_a_tracked_run_is_whole_in_mlflow(train_tiny, tmp_path):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracking = (f"logging.mlflow_tracking_uri={store}", f"logging.mlflow_artifact_dir={tmp_path / 'artifacts'}")
+    result, rows = train_tiny("logging.use_mlflow=true", *tracking)
+    client = MlflowClient(store)
+    run = client.get_run(result.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(result.mlflow_run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(row["step"], row["train/loss"]) for row in rows]
+    assert run.data.metrics["val/loss"] == result.metrics["val/loss"]
+    assert run.data.params["training.max_steps"] == "6"

@@ -93,7 +93,8 @@ def render_text(width: int = 100) -> str:
 
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, BaseModel)
         yield name, field.annotation
 
 

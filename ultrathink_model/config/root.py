@@ -69,6 +69,13 @@ class Config(Section):
                 f"the feed-forward's {self.model.feed_forward_size} units do not split over moe.moe_top_k={self.moe.moe_top_k} "
                 "experts; set moe.expert_hidden_size"
             )
+        sources = self.data.mix_datasets if isinstance(self.data.mix_datasets, list) else []
+        for source in sources:
+            if source.expert_group and not self.moe.group_sizes[source.expert_group]:
+                raise ValueError(
+                    f"data.mix_datasets: the source {source.dataset!r} has expert_group={source.expert_group}, "
+                    f"but moe.num_{source.expert_group}_experts=0; add experts there or name another group"
+                )
         return self
 
     @model_validator(mode="after")

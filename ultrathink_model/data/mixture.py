@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int64, UInt64
 from numpy.typing import NDArray
 
 from ultrathink_model.config import Config
@@ -100,8 +101,8 @@ class SampleOrder:
         else:
             self.epoch_length = bound if len(weights) > 1 else self._used[0]
 
-    def locate(self, positions: UInt) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source and the sequence within it of each global position, shapes (n,)."""
+    def locate(self, positions: UInt64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """The source and the sequence within it of each global position."""
         source, number = self._count(positions)
         sequence = np.empty(positions.shape, dtype=np.int64)
         for index in np.unique(source):

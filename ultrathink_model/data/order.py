@@ -6,6 +6,7 @@ domains"), so that any position of any epoch is found without the positions befo
 """
 
 import numpy as np
+from jaxtyping import UInt64
 from numpy.typing import NDArray
 
 UInt = NDArray[np.uint64]
@@ -27,13 +28,13 @@ def mix(*parts: int | UInt) -> UInt:
     return state
 
 
-def permute(index: UInt, size: int, key: UInt) -> UInt:
+def permute(index: UInt64[np.ndarray, " n"], size: int, key: UInt64[np.ndarray, " keys"]) -> UInt64[np.ndarray, " n"]:
     """Where `index` lands in the permutation of `range(size)` that `key` names.
 
     Args:
-        index: Numbers below `size`, shape (n,).
+        index: Numbers below `size`.
         size: Length of the permutation, at least 1.
-        key: One key for all, shape (1,), or one for each index, shape (n,).
+        key: One key for all, or one for each index.
     """
     if size == 1:
         return np.zeros_like(index)

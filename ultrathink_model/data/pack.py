@@ -10,7 +10,7 @@ documents, which a packing that leaves each document's first token unpredicted d
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Int32, Int64
 
 from ultrathink_model.data.shards import TokenStream
 
@@ -21,9 +21,9 @@ IGNORED = -100
 class Row:
     """One sequence of length S: what is seen, what is predicted, and the document of each position."""
 
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    document_ids: NDArray[np.int32]
+    input_ids: Int64[np.ndarray, " seq"]
+    labels: Int64[np.ndarray, " seq"]
+    document_ids: Int32[np.ndarray, " seq"]
 
 
 def count_sequences(tokens: int, sequence_length: int) -> int:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Int64
 
 from ultrathink_model.data.manifest import ShardInfo
 
@@ -87,7 +87,7 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def read(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " tokens"], Int64[np.ndarray, " documents"]]:
         """The tokens from `start` to before `stop`, and the documents that end there.
 
         Returns:

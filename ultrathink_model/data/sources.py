@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ultrathink_model.config.data import DataConfig, DataSource
 from ultrathink_model.data.document import BadRow, Row
@@ -16,6 +16,7 @@ from ultrathink_model.data.manifest import Split
 from ultrathink_model.data.sotu import SotuSource
 
 
+@runtime_checkable
 class Source(Protocol):
     """A set of documents that can be read again and again in the same order."""
 

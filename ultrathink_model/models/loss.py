@@ -51,30 +51,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         product_dtype = autocast_dtype(hidden)
         projection = weight.to(product_dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        accumulator = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accumulator, device=hidden.device)
         z_loss = torch.zeros_like(total)
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=accumulator, device=weight.device) if need_weight else None
+        # One buffer for the logits of all chunks: fresh memory costs more on the CPU than what is computed in it.
+        buffer = hidden.new_empty(min(chunk_size, hidden.shape[0]), weight.shape[0], dtype=product_dtype)
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             states, targets = hidden[rows].to(product_dtype), labels[rows]
             kept = targets != IGNORED_LABEL
             targets = targets.clamp_min(0).unsqueeze(1)
-            logits = (states @ projection.T).to(accumulator)  # (chunk, vocab)
-            log_partition = logits.logsumexp(dim=1)
+            logits = torch.mm(states, projection.T, out=buffer[: states.shape[0]]).to(accumulator)  # (chunk, vocab)
+            chosen = logits.gather(1, targets).squeeze(1)
+            largest = logits.amax(dim=1, keepdim=True)
+            masses = logits.sub_(largest).exp_()
+            partition = masses.sum(dim=1, keepdim=True)
+            log_partition = (largest + partition.log()).squeeze(1)
             z_term = z_loss_weight * log_partition.square() * kept
-            total += ((log_partition - logits.gather(1, targets).squeeze(1)) * kept + z_term).sum()
+            total += ((log_partition - chosen) * kept + z_term).sum()
             z_loss += z_term.sum()
             if hidden_grad is None and weight_grad is None:
                 continue
             scale = kept * (1 + 2 * z_loss_weight * log_partition)
-            logits_grad = logits.sub_(log_partition.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
+            logits_grad = masses.mul_(scale.unsqueeze(1) / partition)
             logits_grad.scatter_add_(1, targets, -kept.to(accumulator).unsqueeze(1))
             logits_grad = logits_grad.to(product_dtype)
             if hidden_grad is not None:
                 hidden_grad[rows] = logits_grad @ projection
-            if weight_grad is not None:
+            if weight_grad is not None and product_dtype == accumulator:
+                weight_grad.addmm_(logits_grad.T, states)
+            elif weight_grad is not None:
                 weight_grad += logits_grad.T @ states
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         ctx.mark_non_differentiable(z_loss)

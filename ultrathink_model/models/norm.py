@@ -46,9 +46,9 @@ class _RMSNormOnCPU(torch.autograd.Function):
         rows, row_grad = x.reshape(-1, width), grad.reshape(-1, width)
         exact = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=exact)
-        scale = (norm.square() / width + ctx.eps).rsqrt().to(x.dtype)
+        scale = (norm.square() / width + ctx.eps).rsqrt()
         x_grad, weight_grad, _ = torch.ops.aten.native_layer_norm_backward(
-            row_grad, rows, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False]
+            row_grad, rows, weight.shape, torch.zeros_like(scale), scale, weight.to(exact), None, [True, True, False]
         )
         x_grad += (row_grad @ weight).unsqueeze(1) * scale / width
-        return x_grad.view_as(x), weight_grad, None
+        return x_grad.view_as(x), weight_grad.to(weight.dtype), None

@@ -72,7 +72,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines of the rotary embedding, one row a position (Su et al. 2021, arXiv 2104.09864)."""
+    """Cosines and sines of the rotary embedding, one row a position (Su et al. 2021, arXiv 2104.09864).
+
+    The sines of the first half are negative: `(a, b)` becomes `(a cos - b sin, b cos + a sin)`.
+    """
 
     cos: Tensor  # (positions, head_dim)
     sin: Tensor  # (positions, head_dim)
@@ -81,8 +84,8 @@ class Rotation:
     def table(cls, length: int, head_dim: int, theta: float, device: torch.device) -> "Rotation":
         """The table for positions 0 to `length - 1`, in float32."""
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
-        return cls(angles.cos(), angles.sin())
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+        return cls(torch.cat((angles, angles), dim=1).cos(), torch.cat((-angles, angles), dim=1).sin())
 
     def at(self, positions: Int[Tensor, "batch seq"]) -> "Rotation":
         """The rows of `positions`, shaped (batch, seq, 1, head_dim) to broadcast over heads."""
@@ -90,6 +93,5 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """Turns (batch, seq, heads, head_dim) by the angle of each position, pairing halves as Qwen3 does."""
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return x * self.cos.to(x.dtype) + turned * self.sin.to(x.dtype)
+        swapped = x.roll(x.shape[-1] // 2, dims=-1)
+        return torch.addcmul(x * self.cos.to(x.dtype), swapped, self.sin.to(x.dtype))

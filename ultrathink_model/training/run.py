@@ -2,59 +2,36 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
 
 from ultrathink_model.config import Config
 from ultrathink_model.data import DataManifest, global_batch_size
-from ultrathink_model.distributed.context import RankContext, broadcast_object, init_distributed
-from ultrathink_model.errors import TrainingStoppedError, UltrathinkError
+from ultrathink_model.distributed.context import RankContext, init_distributed
+from ultrathink_model.errors import TrainingStoppedError
 from ultrathink_model.models.hf import save_model
 from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
-from ultrathink_model.tracking.mlflow import MlflowRun
 from ultrathink_model.tracking.progress import Progress
 from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
 from ultrathink_model.training.assembly import make_trainer
 from ultrathink_model.training.callbacks.metrics import MetricsCallback
 from ultrathink_model.training.callbacks.routing import routing_tables
-from ultrathink_model.training.log_file import log_to_file
 from ultrathink_model.training.result import StageResult
 from ultrathink_model.training.resume import claim_folder, resume_point
 from ultrathink_model.training.rng import repeatable_kernels
+from ultrathink_model.training.session import ALONE, StagePlace, mlflow_run, noted_ending, on_main
 from ultrathink_model.training.signals import StopSignals
 from ultrathink_model.training.trainer import Trainer
 
-# A process that was told to stop may be killed half a minute later.
-STOPPED_WAIT_SECONDS = 10.0
+__all__ = ["ALONE", "StagePlace", "on_main", "train"]
 
 logger = logging.getLogger(__name__)
 
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class StagePlace:
-    """Where a stage stands in its pipeline, for those who watch it.
-
-    Attributes:
-        number: Number of the stage, from 1.
-        of: Stages in the pipeline.
-        parent_run_id: MLflow run of the pipeline.
-        tags: Tags of the stage's own MLflow run.
-    """
-
-    number: int = 1
-    of: int = 1
-    parent_run_id: str | None = None
-    tags: Mapping[str, str] | None = None
-
-
-ALONE = StagePlace()
+# The names by which alignment knows them.
+_mlflow, _noted_ending = mlflow_run, noted_ending
 
 
 def train(
@@ -87,7 +64,7 @@ def train(
         if claim.result is not None:
             logger.info("%s is finished already, after %d steps", run_name, claim.result.steps)
             return claim.result
-        with _noted_ending(config, context, folder):
+        with noted_ending(config, context, folder):
             point = on_main(context, lambda: resume_point(claim, config, manifest, folder, batch))
             metrics = MetricsCallback(config.logging.log_steps)
             trainer = make_trainer(config, context, manifest, folder, signals, metrics, point, init_from)
@@ -101,38 +78,6 @@ def train(
                     )
                 _write_model(trainer, manifest, folder)
             return on_main(context, lambda: _write_result(trainer, manifest, folder, run_name))
-
-
-def on_main(context: RankContext, work: Callable[[], Value]) -> Value:
-    """What `work` returns on rank 0, on every rank; a typed error there is raised on all of them."""
-    value: Value | None = None
-    error: UltrathinkError | None = None
-    if context.is_main:
-        try:
-            value = work()
-        except UltrathinkError as raised:
-            error = raised
-    value, error = broadcast_object((value, error))
-    if error is not None:
-        raise error
-    return value
-
-
-@contextmanager
-def _noted_ending(config: Config, context: RankContext, folder: RunFolder) -> Iterator[None]:
-    """Keeps the log of a start in the run's folder, and notes in `run.json` how it ended, unless it finished."""
-    if not context.is_main:
-        yield
-        return
-    with log_to_file(folder.log_file, config.logging.log_level):
-        try:
-            yield
-        except TrainingStoppedError:
-            folder.set_status("stopped")
-            raise
-        except BaseException:
-            folder.set_status("failed")
-            raise
 
 
 @contextmanager
@@ -151,7 +96,7 @@ def _watched(
         return
     metrics.writer = MetricsWriter(folder.metrics_file)
     metrics.writer.truncate_after(trainer.position.step)
-    with _mlflow(config, folder, run_name, place):
+    with mlflow_run(config, folder, run_name, place):
         progress = Progress(
             run_name,
             trainer.length.steps,
@@ -163,30 +108,6 @@ def _watched(
         with progress:
             metrics.progress = progress
             yield
-
-
-@contextmanager
-def _mlflow(config: Config, folder: RunFolder, run_name: str, place: StagePlace) -> Iterator[None]:
-    """An MLflow run that is fed from the folder while it is open, and closed as the block ends."""
-    if not config.logging.use_mlflow:
-        yield
-        return
-    run = MlflowRun.start(config, run_name, folder, parent_run_id=place.parent_run_id, tags=place.tags)
-    try:
-        yield
-    except TrainingStoppedError:
-        run.finish("KILLED", STOPPED_WAIT_SECONDS)
-        raise
-    except BaseException:
-        run.finish("FAILED", STOPPED_WAIT_SECONDS)
-        raise
-    else:
-        if folder.routing_file.exists():
-            run.log_artifact(folder.routing_file)
-        run.finish()
-    finally:
-        if run.run_id is not None:
-            folder.set_mlflow_run_id(run.run_id)
 
 
 def _write_model(trainer: Trainer, manifest: DataManifest, folder: RunFolder) -> None:
