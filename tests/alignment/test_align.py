@@ -50,17 +50,28 @@ def test_stage_leaves_the_run_folder_of_the_contract(config, manifest, routed_fo
     assert result.steps == 4
     assert result.metrics["val/loss"] == lines[-1]["val/loss"]
     samples = json.loads((folder / "samples.json").read_text())
-    assert [sorted(sample) for sample in samples] == [["after", "before", "prompt", "reward_after", "reward_before"]] * 2
+    assert [sorted(sample) for sample in samples] == [
+        ["after", "before", "prompt", "reward_after", "reward_before"]
+    ] * 2
     assert RunFolder(folder).record().status == "finished"
     assert load_reward_model(folder / "reward_model").record.accuracy == lines[0]["rlhf/reward_accuracy"]
     assert load_config(folder / "config.yaml").advanced.enable_moe  # the architecture of the model that was aligned
-    moved = [name for name, tensor in weights(folder).items() if not torch.equal(tensor, load_model(routed_folder).state_dict()[name])]
+    moved = [
+        name
+        for name, tensor in weights(folder).items()
+        if not torch.equal(tensor, load_model(routed_folder).state_dict()[name])
+    ]
     assert moved
 
 
 def test_reward_rises_while_the_kl_stays_under_its_bound(config, manifest, dense_folder):
     overrides = ["rlhf.num_pairs=80", "rlhf.reward_epochs=6", "rlhf.rlhf_iterations=12", "rlhf.ppo_batch_size=64"]
-    overrides += ["rlhf.ppo_minibatch_size=32", "rlhf.target_kl=3", "rlhf.policy_learning_rate=3e-3", "rlhf.kl_weight=0.02"]
+    overrides += [
+        "rlhf.ppo_minibatch_size=32",
+        "rlhf.target_kl=3",
+        "rlhf.policy_learning_rate=3e-3",
+        "rlhf.kl_weight=0.02",
+    ]
     result = align(override_config(config, overrides), manifest=manifest, run_name="r", init_from=dense_folder)
     lines = rows_without_time(result.output_dir)
     assert result.metrics["rlhf/kl"] <= 3
@@ -111,7 +122,10 @@ def test_a_stopped_run_goes_on_bitwise_as_if_it_had_not_been_stopped(
     folder = RunFolder(config.output.output_dir)
     assert folder.record().status == "stopped"
     assert [step for step, _ in folder.checkpoints()] == [2, 3]
-    pairs, reward_time = (folder.path / "pairs.jsonl").stat().st_mtime_ns, (folder.path / "reward_model").stat().st_mtime_ns
+    pairs, reward_time = (
+        (folder.path / "pairs.jsonl").stat().st_mtime_ns,
+        (folder.path / "reward_model").stat().st_mtime_ns,
+    )
     result = align(config, manifest=manifest, run_name="r", init_from=routed_folder)
     assert (folder.path / "pairs.jsonl").stat().st_mtime_ns == pairs
     assert (folder.path / "reward_model").stat().st_mtime_ns == reward_time

@@ -41,7 +41,11 @@ def test_windows_are_pieces_of_the_training_split_that_do_not_overlap(config, ma
     assert {len(window) for window in windows} == {length}
     assert len({tuple(window) for window in windows}) == len(windows)
     loader = TrainLoader(manifest, config)
-    rows = [row for step, _ in zip(loader, range(loader.steps_per_epoch), strict=False) for row in step[0].input_ids.tolist()]
+    rows = [
+        row
+        for step, _ in zip(loader, range(loader.steps_per_epoch), strict=False)
+        for row in step[0].input_ids.tolist()
+    ]
     pieces = {tuple(row[start : start + length]) for row in rows for start in range(0, 32 - length + 1, length)}
     assert {tuple(window) for window in windows} <= pieces
 
@@ -49,7 +53,9 @@ def test_windows_are_pieces_of_the_training_split_that_do_not_overlap(config, ma
 def test_self_play_prefers_the_corpus_to_the_models_own_continuation(config, manifest, model, tokenizer):
     pairs = self_play_pairs(config, manifest, model, ALONE)
     rlhf = config.rlhf
-    windows = [tuple(window) for _, window in zip(range(rlhf.num_pairs), corpus_windows(config, manifest), strict=False)]
+    windows = [
+        tuple(window) for _, window in zip(range(rlhf.num_pairs), corpus_windows(config, manifest), strict=False)
+    ]
     assert 0 < len(pairs) <= rlhf.num_pairs
     for pair in pairs:
         assert (*pair.prompt, *pair.chosen) in windows

@@ -35,9 +35,7 @@ def start(base_config, manifest, players):
         algorithm, head = make_algorithm(config, ALONE, players, manifest)
         policy = copy.deepcopy(players.reference).requires_grad_(True)
         rates = config.rlhf.policy_learning_rate, config.rlhf.value_learning_rate
-        return PolicyRun(
-            config, ALONE, manifest, Learner(config, ALONE, policy, head, *rates), algorithm, players, 0
-        )
+        return PolicyRun(config, ALONE, manifest, Learner(config, ALONE, policy, head, *rates), algorithm, players, 0)
 
     return start
 

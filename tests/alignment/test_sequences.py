@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from alignment_cases import ROUTED, trained
+
 from ultrathink_model.alignment.rollout import draw_responses
 from ultrathink_model.alignment.sequences import make_sequences, response_states, token_logprobs
 from ultrathink_model.config import override_config

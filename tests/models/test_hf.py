@@ -295,6 +295,21 @@ def test_own_architecture_loads_once_it_is_registered(saved, random_tokens, tmp_
     assert_same_function(model, theirs, random_tokens(2, 19))
     theirs.save_pretrained(tmp_path / "again")
     assert_same_function(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"), random_tokens(2, 19))
+    assert_same_state(load_model(tmp_path / "again"), model)
+
+
+def test_exported_code_runs_beside_our_package(saved, random_tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    model, folder = saved(DRE, MOE)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(theirs).__module__.startswith("transformers_modules.")
+    assert_same_function(model, theirs, random_tokens(2, 19))
+    tokens, labels = random_tokens(2, 19), random_tokens(2, 19, seed=1)
+    model.train()(tokens, labels=labels).loss_sum.backward()
+    assert model.blocks[0].feed_forward.gate_up.grad.abs().max() > 0
+    with torch.enable_grad():
+        theirs(tokens, labels=labels).loss.backward()
 
 
 def test_failed_save_leaves_the_old_model(saved, small_model, tokenizer_folder, monkeypatch):
@@ -405,7 +420,7 @@ BREAKAGES = {
     break_file: "is a file, not a folder",
     break_empty: r"config\.json: No such file",
     break_config: r"config\.json is not JSON",
-    break_type: "model_type 'llama' is not one of qwen3, qwen3_moe",
+    break_type: "model_type 'llama' is not one of qwen3, qwen3_moe, ultrathink",
     break_weights: r"has no model\.safetensors; pytorch_model\.bin may hold code and is not read",
     break_bytes: "not a whole safetensors file",
     break_shape: r"embedding\.weight is \(96, 32\), where its config makes \(95, 32\)",

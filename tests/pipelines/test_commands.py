@@ -137,9 +137,9 @@ def test_a_mistake_under_zenml_ends_with_its_message_and_exit_code_2(workspace):
 def test_after_kill_9_the_same_command_finishes_the_work(workspace):
     from zenml.client import Client
 
-    arguments = ("--workflow", "production", "--override", "advanced:training.num_epochs=30", "--output-dir", "killed")
+    arguments = ("--workflow", "production", "--override", "advanced:training.num_epochs=10", "--output-dir", "killed")
     killed = start(*arguments)
-    read_until(killed, "advanced: step 20/")
+    read_until(killed, "advanced: step 10/")
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert len(Client().list_pipeline_runs(pipeline_name="production_pipeline", status="running").items) == 1
@@ -150,17 +150,17 @@ def test_after_kill_9_the_same_command_finishes_the_work(workspace):
     for name in ("prepare_data", "baseline"):
         assert f"Using cached version of step `{name}`" in out
     assert "goes on after step" in out
-    assert "advanced: step 180/180" in out
+    assert "advanced: step 60/60" in out
     assert "advanced: step 2/" not in out
     rows = (workspace / "killed" / "production" / "advanced" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(row)["step"] for row in rows if "train/loss" in row]
-    assert steps == list(range(1, 181))
+    assert steps == list(range(1, 61))
     assert not Client().list_pipeline_runs(pipeline_name="production_pipeline", status="running").items
 
 
 @pytest.mark.slow
 def test_sigterm_ends_with_75_and_the_same_command_goes_on(workspace):
-    arguments = ("--workflow", "multi_gpu", "--override", "training.num_epochs=40", "--output-dir", "stopped")
+    arguments = ("--workflow", "multi_gpu", "--override", "training.num_epochs=30", "--output-dir", "stopped")
     stopped = start(*arguments)
     read_until(stopped, "pretrain: step 10/")
     stopped.send_signal(signal.SIGTERM)

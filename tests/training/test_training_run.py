@@ -247,3 +247,10 @@ def test_a_tracked_run_is_whole_in_mlflow(train_tiny, tmp_path):
     assert [(point.step, point.value) for point in history] == [(row["step"], row["train/loss"]) for row in rows]
     assert run.data.metrics["val/loss"] == result.metrics["val/loss"]
     assert run.data.params["training.max_steps"] == "6"
+
+
+def test_an_unhealthy_gradient_is_named_once_in_the_log(train_tiny, tmp_path):
+    train_tiny("training.z_loss_weight=1000", "training.gradient_clipping=1.0e-9")
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert log.count("step 1: the gradient's norm is") == 1
+    assert log.count("healthy training keeps between 0.1 and 10") == 1

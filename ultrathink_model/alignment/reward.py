@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -21,11 +21,14 @@ from ultrathink_model.models.transformer import Transformer
 HEAD_FILE = "reward_head.safetensors"
 RECORD_FILE = "reward.json"
 
+Pooling = Literal["mean", "last"]
+
 
 class RewardRecord(BaseModel):
     """What is known of a trained reward model: the content of `reward.json`.
 
     Attributes:
+        pooling: How the numbers at the tokens of a response become its score.
         mean: Mean raw score over the sides of the training pairs.
         spread: Standard deviation of those scores.
         accuracy: Share of held-out pairs whose chosen side has the higher score.
@@ -36,6 +39,7 @@ class RewardRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    pooling: Pooling
     mean: float
     spread: float
     accuracy: float
@@ -53,14 +57,14 @@ class Scorer(Protocol):
 
 
 class RewardHead(nn.Module):
-    """One number from the state at a response's last token; zero before training."""
+    """One number from the state at a token; zero before training."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, states: Float[Tensor, "batch hidden"]) -> Float[Tensor, " batch"]:
-        """The raw score. It has no constant: preferences do not decide one, `RewardRecord.mean` removes it."""
+    def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
+        """The raw number. It has no constant: preferences do not decide one, `RewardRecord.mean` removes it."""
         return states.float() @ self.weight
 
 
@@ -86,7 +90,9 @@ class RewardModel:
             DataError: A score is not a finite number.
         """
         forward = in_run_precision(self.trunk.config, self.trunk, sequences.tokens.device)
-        scores = (raw_scores(forward, self.head, sequences) - self.record.mean) / self.record.spread
+        scores = (
+            raw_scores(forward, self.head, sequences, self.record.pooling) - self.record.mean
+        ) / self.record.spread
         finite = torch.isfinite(scores)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
@@ -98,12 +104,21 @@ class RewardModel:
         return scores
 
 
-def raw_scores(forward: Forward, head: RewardHead, sequences: Sequences) -> Float[Tensor, " batch"]:
-    """The head's number at the last token of each response."""
+def raw_scores(forward: Forward, head: RewardHead, sequences: Sequences, pooling: Pooling) -> Float[Tensor, " batch"]:
+    """The head's numbers for the response tokens, pooled to one for each response.
+
+    Args:
+        forward: The trunk's.
+        head: Reads the state at a token, which has seen that token.
+        sequences: Prompts with responses.
+        pooling: `last` takes the number at the response's last token, `mean` the mean over all of its tokens.
+    """
     output = forward(sequences.tokens, attention_mask=sequences.attention_mask, return_logits=False)
-    last = sequences.prompt_length + sequences.response_mask.sum(1) - 1
-    rows = torch.arange(len(sequences), device=last.device)
-    return head(output.hidden[rows, last])
+    mask = sequences.response_mask
+    numbers = head(output.hidden[:, sequences.prompt_length :])  # (batch, response)
+    if pooling == "last":
+        return numbers.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+    return (numbers * mask).sum(1) / mask.sum(1)
 
 
 def save_reward_model(model: RewardModel, tokenizer_folder: Path, folder: Path) -> None:

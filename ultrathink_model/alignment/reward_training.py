@@ -92,7 +92,7 @@ class RewardTrainer:
         """Raw scores of the chosen sides, then of the rejected ones."""
         sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         sequences = make_sequences([pair.prompt for pair in pairs] * 2, sides, self._pad_id, self._context.device)
-        return raw_scores(self._learner.forward, self._head, sequences)
+        return raw_scores(self._learner.forward, self._head, sequences, self._rlhf.reward_pooling)
 
     @torch.no_grad()
     def _scores_in_batches(self, pairs: Sequence[TokenPair]) -> Float[Tensor, "sides pairs"]:
@@ -110,6 +110,7 @@ class RewardTrainer:
         loss = preference_loss(chosen, rejected).sum()
         right_sum, loss_sum = all_reduce_sum(torch.stack([right.float(), loss]).double()).tolist()
         record = RewardRecord(
+            pooling=self._rlhf.reward_pooling,
             mean=mean,
             spread=spread,
             accuracy=right_sum / len(split.held_out),

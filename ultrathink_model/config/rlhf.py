@@ -21,6 +21,10 @@ class RLHFConfig(Section):
     )
     prompt_tokens: int = Field(32, ge=1, description="Tokens of a prompt taken from the corpus.")
     response_tokens: int = Field(32, ge=1, description="Most tokens in one response.")
+    reward_pooling: Literal["mean", "last"] = Field(
+        "mean",
+        description="A response's reward is the `mean` of the head's numbers at its tokens, or the one at its `last` token.",
+    )
     reward_epochs: int = Field(2, ge=1, description="Passes of the reward model over the training pairs.")
     reward_learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of the reward model.")
     reward_batch_size: int = Field(32, ge=1, description="Pairs per optimizer step of the reward model.")

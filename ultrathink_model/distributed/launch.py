@@ -180,8 +180,10 @@ def _wait_and_pass_signals_on(process: subprocess.Popen[str]) -> signal.Signals 
 
 
 def _print_lines(process: subprocess.Popen[str]) -> None:
-    for line in process.stdout or ():
-        sys.stdout.write(line)
+    if process.stdout is not None:
+        with process.stdout as lines:
+            for line in lines:
+                sys.stdout.write(line)
 
 
 def _free_port() -> int:

@@ -103,14 +103,35 @@ def _shared_config(config: Config) -> dict[str, Any]:
 
 
 def config_from_hugging_face(folder: Path) -> Config:
-    """The config of a Qwen3 or Qwen3-MoE folder that was not written by us.
+    """The config of a folder that `transformers` wrote: Qwen3, Qwen3-MoE or our own class.
 
-    All experts go to the knowledge group, since the folder names no groups.
+    All experts of a Qwen3-MoE go to the knowledge group, since the folder names no groups.
 
     Raises:
         CheckpointError: The model is of another type, or has a part that ours has not.
     """
-    theirs = _read_with_defaults(folder)
+    written = read_json(folder / CONFIG_FILE)
+    if written.get("model_type") == OWN_MODEL_TYPE:
+        return _config_of_own_class(written, folder)
+    if written.get("model_type") not in ("qwen3", "qwen3_moe"):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: model_type {written.get('model_type')!r} is not one of qwen3, qwen3_moe, "
+            f"{OWN_MODEL_TYPE}; name a final_model/ of ours or a Qwen3 or Qwen3-MoE folder."
+        )
+    return _config_of_qwen3(folder)
+
+
+def _config_of_own_class(written: Mapping[str, Any], folder: Path) -> Config:
+    sections = {name: vars(Config())[name] for name in ARCHITECTURE_SECTIONS}
+    values = {
+        name: {key: value for key, value in written["architecture"][name].items() if key in type(default).model_fields}
+        for name, default in sections.items()
+    }
+    return make_config(values | {"data": {"tokenizer_name": str(folder)}}, origin=str(folder / CONFIG_FILE))
+
+
+def _config_of_qwen3(folder: Path) -> Config:
+    theirs = _with_defaults(folder)
     _refuse_what_differs(theirs, folder)
     model = {
         "vocab_size": theirs["vocab_size"],
@@ -140,18 +161,12 @@ def config_from_hugging_face(folder: Path) -> Config:
     return make_config(values, origin=str(folder / CONFIG_FILE))
 
 
-def _read_with_defaults(folder: Path) -> dict[str, Any]:
+def _with_defaults(folder: Path) -> dict[str, Any]:
     """`config.json` with what it leaves out, since `transformers` need not write a value that is its default."""
-    model_type = read_json(folder / CONFIG_FILE).get("model_type")
-    if model_type not in ("qwen3", "qwen3_moe"):
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: model_type {model_type!r} is not one of qwen3, qwen3_moe, nor is there an "
-            "ultrathink.yaml; name a final_model/ of ours or a Qwen3 or Qwen3-MoE folder."
-        )
     from transformers import AutoConfig  # noqa: PLC0415 - takes seconds, and our own folders do without
 
     theirs = AutoConfig.from_pretrained(folder)
-    values = theirs.to_dict()
+    values: dict[str, Any] = theirs.to_dict()
     return values | {"num_experts": getattr(theirs, "num_experts", None)}
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, GenerationMixin, PreTrainedModel
@@ -12,7 +13,7 @@ from ultrathink_model.models.kv_cache import KVCache
 from ultrathink_model.models.transformer import Transformer
 
 # Tokens beyond the prompt that a cache has room for at first.
-CACHE_ROOM = 256
+CACHE_ROOM = 64
 
 
 class UltrathinkCache(Cache):
@@ -34,9 +35,10 @@ class UltrathinkCache(Cache):
 
 
 class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
-    """The decoder behind the interface of `transformers`; `generate` runs with our cache.
+    """The decoder behind the interface of `transformers`, for use and not for training: the loss leaves out the routers'.
 
-    Routing by depth cannot be rolled back to an earlier token, so there is no assisted generation.
+    `generate` runs with our cache, in which skipped tokens take no room. The cache cannot be rolled back to an earlier
+    token, so there is no assisted generation.
     """
 
     config_class = UltrathinkConfig
@@ -83,14 +85,16 @@ class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (batch, cached + seq), 0 at padding; columns further left than `seq` were seen before.
             past_key_values: What an earlier call returned.
             labels: (batch, seq) tokens.
-            use_cache: Whether to return a cache; None takes the config's.
+            use_cache: Whether to return a cache; None takes the config's, or False where gradients are recorded.
             logits_to_keep: Last positions whose logits are wanted, or their indices; 0 wants all.
             return_dict: False returns a tuple.
             loss_options: What a trainer says of the loss, `num_items_in_batch` for one.
         """
         seq = input_ids.shape[1]
         cache = past_key_values
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()  # the cache is written in place
+        if use_cache and cache is None:
             cache = UltrathinkCache(KVCache(self.model.config, seq + CACHE_ROOM))
         output = self.model(
             input_ids,

@@ -53,7 +53,6 @@ def _in_files(weights: Iterable[tuple[str, Tensor]], file_bytes: int) -> Iterato
         if tensors and size + weight.nbytes > file_bytes:
             yield tensors
             tensors, size = {}, 0
-        # Parts of a fused weight share its storage, which the format does not allow.
         tensors[name] = weight.detach().cpu().contiguous()
         size += weight.nbytes
     yield tensors

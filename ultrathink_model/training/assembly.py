@@ -15,6 +15,7 @@ from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.upcycle import initialise_from
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.callbacks.evaluation import EvaluationCallback
+from ultrathink_model.training.callbacks.gradient_health import GradientHealthCallback
 from ultrathink_model.training.callbacks.metrics import MetricsCallback
 from ultrathink_model.training.callbacks.saving import SavingCallback, saved_tensors
 from ultrathink_model.training.checkpoint import RunPosition, load_tensors, read_rank_state
@@ -76,7 +77,7 @@ def make_trainer(
         position,
         signals,
         # Each line holds the evaluation of its step, and is on disk before the checkpoint of its step.
-        [evaluation, metrics, SavingCallback(config, manifest, context, folder)],
+        [evaluation, metrics, GradientHealthCallback(metrics), SavingCallback(config, manifest, context, folder)],
     )
     if point is not None:
         restore(trainer, point)

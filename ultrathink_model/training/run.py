@@ -19,6 +19,7 @@ from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
 from ultrathink_model.training.assembly import make_trainer
 from ultrathink_model.training.callbacks.metrics import MetricsCallback
 from ultrathink_model.training.callbacks.routing import routing_tables
+from ultrathink_model.training.memory import explained_memory
 from ultrathink_model.training.result import StageResult
 from ultrathink_model.training.resume import claim_folder, resume_point
 from ultrathink_model.training.rng import repeatable_kernels
@@ -64,7 +65,7 @@ def train(
         if claim.result is not None:
             logger.info("%s is finished already, after %d steps", run_name, claim.result.steps)
             return claim.result
-        with noted_ending(config, context, folder):
+        with noted_ending(config, context, folder), explained_memory(config, context):
             point = on_main(context, lambda: resume_point(claim, config, manifest, folder, batch))
             metrics = MetricsCallback(config.logging.log_steps)
             trainer = make_trainer(config, context, manifest, folder, signals, metrics, point, init_from)

@@ -26,6 +26,7 @@ class MetricsCallback(Callback):
 
     Attributes:
         extra: Figures of the step that other callbacks add.
+        last: What was measured last.
         writer: Where lines go; None on all ranks but the first.
         progress: The terminal; None on all ranks but the first.
     """
@@ -39,7 +40,7 @@ class MetricsCallback(Callback):
         self.extra: dict[str, float] = {}
         self.writer: MetricsWriter | None = None
         self.progress: Progress | None = None
-        self._last: dict[str, float] = {}
+        self.last: dict[str, float] = {}
         self._log_steps = log_steps
         self._logged_step = 0
         self._logged_tokens = 0
@@ -59,7 +60,7 @@ class MetricsCallback(Callback):
             # The last step's line waits for the last evaluation.
             self._write(trainer)
         if self.progress:
-            self.progress.update(step, self._last.get("train/loss"), self._last.get("train/tokens_per_second"))
+            self.progress.update(step, self.last.get("train/loss"), self.last.get("train/tokens_per_second"))
 
     def on_finish(self, trainer: Trainer) -> None:
         """Writes the last line."""
@@ -93,7 +94,7 @@ class MetricsCallback(Callback):
             "train/bad_steps": position.bad_steps,
         }
         self.extra |= routing_metrics(trainer.model.routing_statistics())
-        self._last = dict(self.extra)
+        self.last = dict(self.extra)
         self._note_line(trainer)
 
     def _note_line(self, trainer: Trainer) -> None:
