@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ultrathink_model.alignment import rounds
 from ultrathink_model.alignment.align import align
 from ultrathink_model.alignment.policy_run import PolicyRun
 from ultrathink_model.alignment.reward import load_reward_model
+from ultrathink_model.alignment.reward_training import RewardTrainer
 from ultrathink_model.config import load_config, override_config
 from ultrathink_model.errors import ConfigError, TokenizerError, TrainingStoppedError
 from ultrathink_model.models.hf import load_model, save_model
@@ -156,17 +156,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(config, manifest, dense_f
 
 
 def test_a_signal_while_the_reward_model_is_trained_keeps_the_pairs(config, manifest, dense_folder, monkeypatch):
-    progress = rounds.Stage.stop_if_asked
-    calls = []
+    step = RewardTrainer._step
 
-    def signalled(self, done):
-        calls.append(done)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        progress(self, done)
+    def signalled(self: RewardTrainer, pairs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, pairs)
 
-    monkeypatch.setattr(rounds.Stage, "stop_if_asked", signalled)
-    with pytest.raises(TrainingStoppedError, match="the pairs are saved"):
+    monkeypatch.setattr(RewardTrainer, "_step", signalled)
+    with pytest.raises(TrainingStoppedError, match="its pairs are saved"):
         align(config, manifest=manifest, run_name="r", init_from=dense_folder)
     folder = Path(config.output.output_dir)
     assert (folder / "pairs.jsonl").is_file()
@@ -195,6 +192,8 @@ def test_a_feature_that_the_model_lacks_is_grafted_on(config, manifest, dense_fo
     assert load_model(Path(result.final_model)).config.advanced.enable_dre
 
 
+# RMSNorm on bf16 with float32 weights is what autocast makes of the model; there is no fused kernel for it.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_mixed_precision_is_taken(config, manifest, routed_folder):
     config = override_config(config, ["training.use_amp=true", "rlhf.rlhf_iterations=2"])
     lines = rows_without_time(align(config, manifest=manifest, run_name="r", init_from=routed_folder).output_dir)
@@ -224,7 +223,7 @@ def test_data_of_another_tokenizer_is_refused(config, manifest, dense_folder):
 
 @pytest.mark.parametrize("overrides", [["distributed.enabled=true", "distributed.strategy=fsdp"]])
 def test_strategies_that_cut_weights_are_refused(config, manifest, dense_folder, overrides):
-    with pytest.raises(ConfigError, match="set distributed.strategy=ddp"):
+    with pytest.raises(ConfigError, match=r"set distributed\.strategy=ddp"):
         align(override_config(config, overrides), manifest=manifest, run_name="r", init_from=dense_folder)
     assert not Path(config.output.output_dir).exists()
 

@@ -5,7 +5,7 @@ import torch
 from alignment_cases import ALONE
 
 from ultrathink_model.alignment.pairs import PairSplit, TokenPair
-from ultrathink_model.alignment.reward import load_reward_model, save_reward_model
+from ultrathink_model.alignment.reward import RewardHead, load_reward_model, raw_scores, save_reward_model
 from ultrathink_model.alignment.reward_training import RewardTrainer, learning_rate_factor
 from ultrathink_model.alignment.sequences import make_sequences
 from ultrathink_model.config import override_config
@@ -133,3 +133,20 @@ def test_learning_rate_has_an_effect(base_config, dense_folder, split):
         fit(base_config, dense_folder, split, [f"rlhf.reward_learning_rate={rate}"])[1] for rate in (1e-5, 3e-3)
     )
     assert fast[-1] < slow[-1] - 0.05
+
+
+def test_pooling_takes_the_last_number_or_the_mean_of_all(base_config, dense_folder):
+    trunk, head = load_model(dense_folder).eval(), RewardHead(32)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    sequences = make_sequences([[10, 11], [12]], [[60, 61, 62], [63]], 0, "cpu")
+    with torch.no_grad():
+        numbers = trunk(torch.tensor([[10, 11, 60, 61, 62]])).hidden[0, 2:] @ head.weight
+        mean, last = (raw_scores(trunk, head, sequences, pooling) for pooling in ("mean", "last"))
+    assert mean[0].item() == pytest.approx(numbers.mean().item(), abs=1e-4)
+    assert last[0].item() == pytest.approx(numbers[-1].item(), abs=1e-4)
+    assert mean[1].item() == pytest.approx(last[1].item(), abs=1e-4)
+
+
+def test_pooling_is_kept_with_the_model(base_config, dense_folder, split):
+    assert fit(base_config, dense_folder, split, ["rlhf.reward_pooling=last"])[0].record.pooling == "last"

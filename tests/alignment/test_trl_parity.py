@@ -5,16 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ultrathink_model.alignment.experience import Experience, make_terms
+from ultrathink_model.alignment.experience import Experience
 from ultrathink_model.alignment.grpo import GRPO
-from ultrathink_model.alignment.objectives import (
-    clipped_policy_loss,
-    group_advantages,
-    kl_estimate,
-    preference_loss,
-)
+from ultrathink_model.alignment.objectives import group_advantages, preference_loss
 from ultrathink_model.alignment.sequences import Sequences, token_entropies, token_logprobs
 from ultrathink_model.config.rlhf import RLHFConfig
+from ultrathink_model.models.transformer import ModelOutput
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is a development package")
 
@@ -31,7 +27,8 @@ def experience() -> Experience:
     old = -draws(BATCH, RESPONSE, seed=1).abs()
     nothing = torch.zeros(BATCH, RESPONSE)
     advantages = draws(BATCH, 1, seed=3).expand(BATCH, RESPONSE)
-    sequences = Sequences(torch.zeros(BATCH, 2 + RESPONSE, dtype=torch.long), None, mask)
+    tokens = torch.arange(BATCH * (2 + RESPONSE)).view(BATCH, 2 + RESPONSE) % VOCAB
+    sequences = Sequences(tokens, None, mask)
     return Experience(sequences, old, old + 0.3 * draws(BATCH, RESPONSE, seed=2), advantages, nothing, nothing)
 
 
@@ -43,35 +40,40 @@ def test_logprobs_and_entropies_equal_trls():
     torch.testing.assert_close(token_entropies(logits), entropy_from_logits(logits))
 
 
+class LogitsAsPolicy:
+    """A policy whose response logits are a leaf tensor; of the positions before them nobody asks."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+
+    def forward(self, tokens: torch.Tensor, attention_mask: None) -> ModelOutput:
+        before = torch.zeros(BATCH, tokens.shape[1] - RESPONSE, VOCAB)
+        return ModelOutput(torch.zeros(*tokens.shape, 1), torch.cat([before, self._logits], 1))
+
+
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.03])
 def test_grpo_loss_and_gradient_equal_trls(experience, entropy_weight):
     rlhf = RLHFConfig(algorithm="grpo", clip_range=EPSILON, entropy_weight=entropy_weight, kl_weight=0.07)
     logits = draws(BATCH, RESPONSE, VOCAB, seed=4).requires_grad_()
-    tokens = torch.arange(20).view(BATCH, RESPONSE) % VOCAB
-    own = _own_grpo_loss(rlhf, experience, token_logprobs(logits, tokens), token_entropies(logits))
+    terms = GRPO(rlhf).terms(LogitsAsPolicy(logits), experience)
+    own = terms.loss / terms.count
     own.backward()
     gradient, logits.grad = logits.grad.clone(), None
-    theirs = _trl_grpo_loss(rlhf, experience, token_logprobs(logits, tokens), token_entropies(logits))
+    logprobs = token_logprobs(logits, experience.sequences.responses)
+    theirs = _trl_grpo_loss(rlhf, experience, logprobs, token_entropies(logits))
     theirs.backward()
     torch.testing.assert_close(own, theirs)
     torch.testing.assert_close(gradient, logits.grad)
-
-
-def _own_grpo_loss(rlhf: RLHFConfig, rows: Experience, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-    policy, _ = clipped_policy_loss(logprobs, rows.old_logprobs, rows.advantages, rlhf.clip_range)
-    loss = policy + rlhf.kl_weight * kl_estimate(logprobs, rows.reference_logprobs) - rlhf.entropy_weight * entropy
-    terms = make_terms(rows, logprobs.detach(), loss, {})
-    return terms.loss / terms.count
+    assert terms.sums["clip_fraction"] > 0
 
 
 def _trl_grpo_loss(rlhf: RLHFConfig, rows: Experience, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
     """TRL's own method, on an object that holds what it reads and nothing else; "bnpo" is the mean over tokens."""
-    gathering = SimpleNamespace(gather=lambda value: value, num_processes=1)
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_args, **_kwargs: (logprobs, entropy, None),
         _entropy_bonus_enabled=rlhf.entropy_weight != 0,
         _metrics={"train": _Lists()},
-        accelerator=gathering,
+        accelerator=SimpleNamespace(gather=lambda value: value, num_processes=1, sync_gradients=True),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
         aux_loss_enabled=False,
         beta=rlhf.kl_weight,
@@ -87,15 +89,16 @@ def _trl_grpo_loss(rlhf: RLHFConfig, rows: Experience, logprobs: torch.Tensor, e
         use_adaptive_entropy=False,
         use_vllm=False,
     )
+    mask = rows.sequences.response_mask
     inputs = {
         "prompt_ids": rows.sequences.tokens[:, :2],
         "prompt_mask": torch.ones(BATCH, 2, dtype=torch.long),
         "completion_ids": rows.sequences.responses,
-        "completion_mask": rows.sequences.response_mask.long(),
+        "completion_mask": mask.long(),
         "advantages": rows.advantages[:, 0],
         "old_per_token_logps": rows.old_logprobs,
         "ref_per_token_logps": rows.reference_logprobs,
-        "num_items_in_batch": rows.sequences.response_mask.sum(),
+        "num_items_in_batch": mask.sum(),
     }
     return grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
 

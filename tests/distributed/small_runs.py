@@ -46,7 +46,7 @@ def train_step(strategy, step):
         context.rank * GLOBAL_BATCH // context.world_size, (context.rank + 1) * GLOBAL_BATCH // context.world_size
     )
     count = (labels != -100).sum()
-    total = torch.zeros((), device=context.device)
+    total = torch.zeros((), dtype=torch.float64, device=context.device)
     strategy.unwrapped.begin_step(step)
     strategy.model.train()
     for index, (x, y) in enumerate(zip(tokens[own].chunk(MICRO_STEPS), labels[own].chunk(MICRO_STEPS), strict=True)):
@@ -68,6 +68,11 @@ def train_steps(strategy, steps):
 def curve(config, steps):
     strategy = prepared_strategy(config)
     return {**train_steps(strategy, range(steps)), "weights": strategy.full_model_state()}
+
+
+def curves(configs, steps):
+    """The curve of each config by its name, in one start of the ranks."""
+    return {name: curve(config, steps) for name, config in configs.items()}
 
 
 def curve_after_skipped_step(config):

@@ -68,10 +68,15 @@ def config_of(folder, name, ranks):
     return override_config(BASE, overrides)
 
 
-def run_over_ranks(folder, names, loads, ranks=2, steps=STEPS):
+def run_over_two_ranks(folder, names, loads):
     """What `small_runs.run_all` saw of some strategies; `loads` are pairs of who loads and who saved."""
+    configs = {name: config_of(folder, name, ranks=2) for name in names}
+    return launch(small_runs.run_all, (configs, loads, STEPS, folder), configs[names[0]])
+
+
+def curves_over_ranks(folder, names, ranks, steps):
     configs = {name: config_of(folder, name, ranks) for name in names}
-    return launch(small_runs.run_all, (configs, loads, steps, folder), configs[names[0]])
+    return launch(small_runs.curves, (configs, steps), configs[names[0]])
 
 
 def run_alone(folder, names, steps=STEPS):

@@ -237,14 +237,31 @@ def test_a_run_from_another_model_at_the_same_path_is_another_run(train_tiny, tm
     assert two.metrics["val/loss"] != one.metrics["val/loss"]
 
 
+def test_a_run_that_replaces_the_model_it_started_from_is_finished_all_the_same(train_tiny):
+    first, _ = train_tiny("training.max_steps=2", run_name="baseline")
+    second, rows = train_tiny("training.max_steps=3", run_name="advanced", init_from=Path(first.final_model))
+    assert second.final_model == first.final_model
+    assert rows[0]["val/loss"] == pytest.approx(first.metrics["val/loss"], abs=1e-5)
+    again, _ = train_tiny("training.max_steps=3", run_name="advanced", init_from=Path(first.final_model))
+    assert again == second
+
+
 @pytest.mark.parametrize("name", ["nothing", "checkpoint_00000009.pt"])
 def test_a_path_without_a_checkpoint_is_refused(train_tiny, tmp_path, name):
     with pytest.raises(CheckpointError, match=f"training.resume=.*{name}"):
         train_tiny(f"training.resume={tmp_path / name}")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"),
+    [
+        ("ddp", "adamw"),
+        pytest.param("ddp", "muon", marks=pytest.mark.slow),
+        pytest.param("fsdp", "adamw", marks=pytest.mark.slow),
+        pytest.param("fsdp", "muon", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "adamw", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")]),
+    ],
+)
 def test_a_run_continues_over_another_number_of_ranks(train_tiny, base_config, manifest, tmp_path, strategy, optimizer):
     settings = [
         f"training.optimizer={optimizer}",

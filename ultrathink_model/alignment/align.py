@@ -137,7 +137,8 @@ def _pairs(stage: Stage, policy: Transformer) -> PairSplit:
     if not on_main(stage.context, path.exists):
         pairs = make_pairs(stage.config, stage.manifest, stage.tokenizer, policy, stage.context)
         on_main(stage.context, lambda: save_pairs(pairs, stage.tokenizer, path))
-    stage.stop_if_asked("after its preference pairs were saved")
+    if stage.is_asked_to_stop():
+        stage.stop("after its preference pairs were saved")
     pairs = load_pairs(path)
     logger.info("%d preference pairs to learn from, %d held out", len(pairs.train), len(pairs.held_out))
     return pairs
@@ -151,13 +152,15 @@ def _reward_model(stage: Stage, policy: Transformer, pairs: PairSplit) -> Reward
             pairs, _reward_progress(stage)
         )
         on_main(stage.context, lambda: save_reward_model(model, stage.manifest.tokenizer_folder, path))
-        stage.stop_if_asked("after its reward model was saved")
+        if stage.is_asked_to_stop():
+            stage.stop("after its reward model was saved")
     return load_reward_model(path, stage.context.device)
 
 
 def _reward_progress(stage: Stage) -> Callable[[int, int, float], None]:
     def after_step(step: int, steps: int, loss: float) -> None:
-        stage.stop_if_asked("while its reward model was trained, which begins anew; the pairs are saved")
+        if stage.is_asked_to_stop():
+            stage.stop("while its reward model was trained, which begins anew then; its pairs are saved")
         if stage.context.is_main and (step % stage.config.logging.log_steps == 0 or step == steps):
             logger.info("reward model: step %d/%d, loss %.4f", step, steps, loss)
 

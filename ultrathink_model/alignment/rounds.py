@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -35,18 +36,23 @@ class Stage:
     run_name: str
     signals: StopSignals
 
-    def stop_if_asked(self, done: str) -> None:
-        """Ends the stage where a signal has reached any rank.
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has reached any rank; every rank calls it together."""
+        return bool(all_reduce_sum(torch.tensor(int(self.signals.received is not None))))
+
+    def stop(self, done: str) -> NoReturn:
+        """Ends the stage.
+
+        Args:
+            done: What has been done and saved.
 
         Raises:
-            TrainingStoppedError: It has; `done` says what is saved.
+            TrainingStoppedError: Always.
         """
-        received = self.signals.received
-        if int(all_reduce_sum(torch.tensor(int(received is not None)))):
-            raise TrainingStoppedError(
-                f"{self.run_name} was stopped by {received or 'a signal to another rank'} {done} in {self.folder.path}; "
-                "start the same command again to go on."
-            )
+        raise TrainingStoppedError(
+            f"{self.run_name} was stopped by {self.signals.received or 'a signal to another rank'} {done} in "
+            f"{self.folder.path}; start the same command again to go on."
+        )
 
 
 def improve(stage: Stage, run: PolicyRun, place: StagePlace) -> None:
@@ -77,10 +83,11 @@ def improve(stage: Stage, run: PolicyRun, place: StagePlace) -> None:
             if progress:
                 progress.message(f"reward {measure.reward:+.3f}, KL {measure.kl:.2f} nats per response")
                 progress.update(run.position.step)
-            asked = bool(all_reduce_sum(torch.tensor(int(stage.signals.received is not None))))
-            if asked or run.is_done or run.position.step % rlhf.rlhf_frequency == 0:
+            is_asked = stage.is_asked_to_stop()
+            if is_asked or run.is_done or run.position.step % rlhf.rlhf_frequency == 0:
                 save_round(stage, run)
-            stage.stop_if_asked(f"after round {run.position.step} of {rlhf.rlhf_iterations}, and saved")
+            if is_asked:
+                stage.stop(f"after round {run.position.step} of {rlhf.rlhf_iterations}, and saved")
 
 
 def _progress(stage: Stage, run: PolicyRun, place: StagePlace) -> Progress | None:

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultrathink_model.config import Config
 from ultrathink_model.models.norm import RMSNorm
+from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Rotation, Tokens
 
 
@@ -67,12 +68,6 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
-
-
-def swiglu(gate_up: Float[Tensor, "*rows double"]) -> Float[Tensor, "*rows half"]:
-    """`silu(gate) · up` of the two halves of the last axis (Shazeer 2020, arXiv 2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):

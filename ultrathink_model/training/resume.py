@@ -116,10 +116,14 @@ def resume_point(
 
 
 def run_identity(config: Config, manifest: DataManifest, run_name: str, init_from: Path | None) -> RunIdentity:
-    """What makes two starts the same run: the content of the data and of the first weights counts too."""
+    """What makes two starts the same run: the content of the data and of the first weights counts too.
+
+    Not so the weights of the run's own `final_model/`, which the run replaces when it ends.
+    """
     identity = RunIdentity.of(config, run_name, init_from)
     digest = hashlib.sha256(f"{identity.config_hash} {manifest.fingerprint}".encode())
-    for path in _weight_files(init_from) if init_from else ():
+    own = RunFolder(config.output.output_dir).final_model.resolve()
+    for path in _weight_files(init_from) if init_from and init_from.resolve() != own else ():
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return identity.model_copy(update={"config_hash": digest.hexdigest()})

@@ -30,9 +30,9 @@ class GradientHealthCallback(Callback):
         is_healthy = LEAST <= norm <= MOST
         if self._was_healthy and not is_healthy:
             remedy = (
-                "lower training.learning_rate or training.gradient_clipping"
-                if norm > MOST
-                else "raise training.learning_rate, or look whether the model learns at all"
+                "raise training.learning_rate, or look whether the model learns at all"
+                if norm < LEAST
+                else "lower training.learning_rate or training.gradient_clipping"
             )
             logger.warning(
                 "step %d: the gradient's norm is %.3g, and healthy training keeps between 0.1 and 10: %s",
