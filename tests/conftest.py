@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 
 from ultrathink_model.config import Config, make_config
@@ -37,3 +40,14 @@ def tiny_config(tmp_path) -> Config:
         TINY_VALUES,
         [f"output.output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'data'}"],
     )
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """Gives the package's logger back as it was: command lines that a test runs in this process set it up."""
+    logger = logging.getLogger("ultrathink_model")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate

@@ -34,7 +34,8 @@ def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(config, 
     # No rollout is learnt from under DPO, and one minibatch holds the round, so that both runs see the same pairs.
     config = override_config(config, ["rlhf.algorithm=dpo", "rlhf.ppo_minibatch_size=16", "rlhf.rlhf_iterations=2"])
     one = align_on_rank(config, manifest, dense_folder)
-    two_config = override_config(config, [*TWO_RANKS, f"output.output_dir={tmp_path / 'two'}"])
+    # Half the sequences on each rank: the language-model updates see the same batch, too.
+    two_config = override_config(config, [*TWO_RANKS, "training.batch_size=2", f"output.output_dir={tmp_path / 'two'}"])
     two = launch(align_on_rank, (two_config, manifest, dense_folder), two_config)
     one_rows, two_rows = (read_metrics(Path(result.output_dir) / "metrics.jsonl") for result in (one, two))
     # Sums in another order: rounding, which AdamW's first steps make larger.

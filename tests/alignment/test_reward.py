@@ -42,7 +42,7 @@ def test_learns_what_is_preferred_on_prompts_never_seen(base_config, split, fold
     model, losses = fit(base_config, request.getfixturevalue(folder), split, ["rlhf.reward_epochs=4"])
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # the head starts at zero: ln 2
     assert model.record.accuracy == 1
-    assert model.record.loss < 0.3
+    assert model.record.loss < 0.5  # ln 2 is chance
     assert model.record.held_out_pairs == 10
     assert model.record.length_accuracy == 0.5  # all sides are equally long
 

@@ -73,7 +73,12 @@ def _trl_grpo_loss(rlhf: RLHFConfig, rows: Experience, logprobs: torch.Tensor, e
         _get_per_token_logps_and_entropies=lambda *_args, **_kwargs: (logprobs, entropy, None),
         _entropy_bonus_enabled=rlhf.entropy_weight != 0,
         _metrics={"train": _Lists()},
-        accelerator=SimpleNamespace(gather=lambda value: value, num_processes=1, sync_gradients=True),
+        accelerator=SimpleNamespace(
+            gather=lambda value: value,
+            num_processes=1,
+            reduce=lambda value, reduction: value,
+            sync_gradients=True,
+        ),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
         aux_loss_enabled=False,
         beta=rlhf.kl_weight,

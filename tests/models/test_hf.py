@@ -12,6 +12,7 @@ import tokenizers
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -301,6 +302,9 @@ def test_own_architecture_loads_once_it_is_registered(saved, random_tokens, tmp_
 def test_exported_code_runs_beside_our_package(saved, random_tokens, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    # Classes that other tests registered would be taken before the folder's code.
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    monkeypatch.setattr(AutoModelForCausalLM._model_mapping, "_extra_content", {})
     model, folder = saved(DRE, MOE)
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(theirs).__module__.startswith("transformers_modules.")
