@@ -57,7 +57,7 @@ format: $(STAMP) ## mend format and what lint can mend
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## measurements against peers, as ratios
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
 docs: $(STAMP) ## write docs/configuration.md from the config models
 	$(BIN)/python -m ultrathink_model.config.describe > docs/configuration.md

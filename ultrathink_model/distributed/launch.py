@@ -33,7 +33,6 @@ GRACE_SECONDS = 40
 
 DEEPSPEED_LAUNCHER = """
 import runpy
-from ultrathink_model.distributed.deepspeed_config import require_deepspeed
 from ultrathink_model.distributed.rank import die_with_parent
 die_with_parent()
 runpy.run_module("deepspeed.launcher.launch", run_name="__main__")
@@ -232,9 +231,10 @@ def _raise_first_failure(left: dict[int, Outcome], count: int, ending: Ending) -
     crashed = [outcome for outcome in by_time if outcome.kind == "crashed" and outcome.error != INTERRUPTED]
     stopped = [outcome for outcome in by_time if outcome.kind == "stopped"]
     silent = sorted(set(range(count)) - set(left))
+    is_done = len(left) == count and all(outcome.kind == "done" for outcome in by_time)
     if refused:
         raise _typed_error(refused[0])
-    if ending.received is not None:
+    if ending.received is not None and not is_done:
         raise TrainingStoppedError(stopped[0].message if stopped else _stopped_early(ending.received))
     # A rank that the launcher killed at the end of its grace is not what began it.
     crashed_long_ago = bool(crashed) and time.time() - crashed[0].time >= GRACE_SECONDS
