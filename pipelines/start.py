@@ -111,6 +111,8 @@ class _WithoutUserErrors(logging.Filter):
     """Drops what ZenML logs about errors that the command line prints itself, once and without a traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("zenml"):
+            return True
         arguments = record.args if isinstance(record.args, tuple) else ()
         errors = (record.exc_info[1] if record.exc_info else None, *arguments)
         return not any(isinstance(error, UltrathinkError | RunInterruptedException) for error in errors)

@@ -1,4 +1,4 @@
-"""Rows to experts and back: sorting by expert, grouped products and sums, with gathers in both directions."""
+"""Rows to experts and back: sorting by expert, grouped products, weighted sums, with gathers in both directions."""
 
 from typing import Any, NamedTuple
 
@@ -37,50 +37,44 @@ class Dispatch(NamedTuple):
 
 def take_copies(x: Float[Tensor, "tokens hidden"], dispatch: Dispatch) -> Float[Tensor, "copies hidden"]:
     """Each token's row once for each of its copies, sorted by expert."""
-    return _TakeRows.apply(x, dispatch.tokens, dispatch.places)
+    return _TakeCopies.apply(x, dispatch.tokens, dispatch.places)
 
 
-def take_weights(weights: Float[Tensor, "tokens top_k"], dispatch: Dispatch) -> Float[Tensor, "copies 1"]:
-    """The weight of each copy, sorted by expert."""
-    return _TakeRows.apply(weights.reshape(-1, 1), dispatch.slots, dispatch.places.view(-1, 1))
+def sum_copies(
+    rows: Float[Tensor, "copies hidden"], weights: Float[Tensor, "tokens top_k"], dispatch: Dispatch
+) -> Float[Tensor, "tokens hidden"]:
+    """The weighted sum of each token's copies."""
+    return _SumCopies.apply(rows, weights, dispatch.tokens, dispatch.slots, dispatch.places)
 
 
-def sum_copies(rows: Float[Tensor, "copies hidden"], dispatch: Dispatch) -> Float[Tensor, "tokens hidden"]:
-    """The sum of each token's copies."""
-    return _SumRows.apply(rows, dispatch.tokens, dispatch.places)
-
-
-class _TakeRows(torch.autograd.Function):
-    """Row `source[i]` as row i; `places` holds for each row of the input where it went.
-
-    With both known, each direction is a gather: nothing is scattered, and no row waits for another.
-    """
-
+class _TakeCopies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        return x.index_select(0, source)
+        return x.index_select(0, tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         return F.embedding_bag(places, grad, mode="sum"), None, None
 
 
-class _SumRows(torch.autograd.Function):
-    """The transpose of `_TakeRows`. `embedding_bag` gathers and sums in one pass over memory."""
+class _SumCopies(torch.autograd.Function):
+    """`embedding_bag` gathers and sums in one pass over memory; its own backward pass would scatter."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
-        return F.embedding_bag(places, rows, mode="sum")
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, tokens: Tensor, slots: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, tokens, slots, places)
+        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (source,) = ctx.saved_tensors
-        return grad.index_select(0, source), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, tokens, slots, places = ctx.saved_tensors
+        grad_copies = grad.index_select(0, tokens)
+        grad_weights = (rows * grad_copies).sum(dim=1)[places]
+        return grad_copies * weights.flatten()[slots].unsqueeze(1), grad_weights, None, None, None
 
 
 def grouped_linear(
