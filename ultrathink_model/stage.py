@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,15 +68,22 @@ def run_stage(
         if not _is_first_rank():
             return result
         if evaluate:
-            evaluate_stage(config, manifest, run_name)
-            _upload(config, folder, run_name, [folder.final_model])
+            evaluate_stage(config, manifest, run_name, [folder.final_model])
         else:
             write_report([folder.path], folder.report_file, run_name)
     return result
 
 
-def evaluate_stage(config: Config, manifest: DataManifest, run_name: str) -> EvaluationResult:
+def evaluate_stage(
+    config: Config, manifest: DataManifest, run_name: str, artifacts: Sequence[Path] = ()
+) -> EvaluationResult:
     """Evaluates the model of a finished run and adds what it found to the run: its files, its report, MLflow.
+
+    Args:
+        config: The run.
+        manifest: Its prepared data.
+        run_name: Its name.
+        artifacts: More files or folders that MLflow is to have.
 
     Raises:
         CheckpointError: The run's folder holds no model.
@@ -87,7 +94,7 @@ def evaluate_stage(config: Config, manifest: DataManifest, run_name: str) -> Eva
     result = evaluate_model(folder.final_model, manifest, config, folder.path, device)
     _note_metrics(folder, result)
     write_report([folder.path], folder.report_file, run_name)
-    _upload(config, folder, run_name, [folder.evaluation_file, folder.report_file])
+    _upload(config, folder, run_name, [folder.evaluation_file, folder.report_file, *artifacts])
     return result
 
 

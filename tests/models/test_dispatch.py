@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies
+from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies, take_weights
 
 EXPERTS, TOP_K, TOKENS = 5, 2, 13
 
@@ -42,6 +42,14 @@ def test_copies_of_no_expert_stand_last():
     assert dispatch.tokens[-TOP_K:].tolist() == [4, 4]
 
 
+def test_copies_and_weights_meet_and_are_summed():
+    chosen = random_choice()
+    dispatch = Dispatch.sort(chosen, EXPERTS)
+    x, weights = torch.randn(TOKENS, 6), torch.rand(TOKENS, TOP_K)
+    scaled = take_copies(x, dispatch) * take_weights(weights, dispatch)
+    torch.testing.assert_close(sum_copies(scaled, dispatch), x * weights.sum(dim=1, keepdim=True))
+
+
 def test_gradients_equal_finite_differences():
     dispatch = Dispatch.sort(random_choice(), EXPERTS)
     torch.manual_seed(0)
@@ -50,7 +58,8 @@ def test_gradients_equal_finite_differences():
     weights = torch.rand(TOKENS, TOP_K, dtype=torch.float64, requires_grad=True)
     matrices = torch.randn(EXPERTS, 3, 6, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: take_copies(x, dispatch), (x,))
-    assert gradcheck(lambda rows, weights: sum_copies(rows, weights, dispatch), (rows, weights))
+    assert gradcheck(lambda rows: sum_copies(rows, dispatch), (rows,))
+    assert gradcheck(lambda weights: take_weights(weights, dispatch), (weights,))
     assert gradcheck(lambda rows, matrices: grouped_linear(rows, matrices, dispatch.ends), (rows, matrices))
 
 

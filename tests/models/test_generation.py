@@ -171,6 +171,18 @@ def test_generation_leaves_the_model_as_it_was(small_model, random_tokens):
     logits.sum().backward()
 
 
+def test_compiled_blocks_are_not_compiled_for_generation(small_model, random_tokens):
+    model, prompts = small_model(), random_tokens(2, 5)
+    expected = generate(model, prompts, max_new_tokens=4, temperature=0.0)
+
+    def refuse(*_: object) -> None:
+        pytest.fail("a block was compiled")
+
+    for block in model.blocks:
+        block.compile(backend=refuse)
+    assert torch.equal(generate(model, prompts, max_new_tokens=4, temperature=0.0).tokens, expected.tokens)
+
+
 def test_draws_have_the_frequencies_of_the_distribution():
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3])
     logits = probabilities.log().expand(40_000, 4)
@@ -195,5 +207,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
 
 
 def test_low_temperature_is_greedy():
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(choose_tokens(logits, 1e-4, 1.0)[0], choose_tokens(logits, 0.0, 1.0)[0])
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50, generator=generator)
+    # No two of the greatest logits are within 1e-4 of each other, a hundred times the temperature.
+    assert torch.equal(choose_tokens(logits, 1e-6, 1.0, generator)[0], choose_tokens(logits, 0.0, 1.0)[0])

@@ -328,6 +328,20 @@ def test_failed_save_leaves_the_old_model(saved, small_model, tokenizer_folder, 
     assert_same_state(load_model(folder), other)
 
 
+def test_card_says_when_the_folder_brings_code(saved):
+    for overrides in ([], [DRE]):
+        card = (saved(*overrides)[1] / "README.md").read_text()
+        assert ("trust_remote_code=True" in card) == bool(overrides)
+
+
+def test_full_disk_is_told_before_anything_is_written(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    full = pytest.raises(CheckpointError, match=r"needs [\d,]+ MiB, and [\d,]+ MiB are free")
+    with full, replaced_folder(tmp_path / "final_model", 2 * free):
+        pytest.fail("writing began")
+    assert not list(tmp_path.iterdir())
+
+
 STOPPED_PROCESS = """
 import os, sys
 from pathlib import Path

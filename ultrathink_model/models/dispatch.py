@@ -1,5 +1,6 @@
-"""Rows to experts and back: sorting by expert, grouped products, weighted sums, with gathers in both directions."""
+"""Rows to experts and back: sorting by expert, grouped products and sums, with gathers in both directions."""
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Rows of both operands must start at multiples of this for PyTorch's grouped kernels.
 ALIGNMENT_BYTES = 16
+# Namespace of the operators below: one a copy of this module, since each folder of an exported model holds one.
+NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 class Dispatch(NamedTuple):
@@ -37,44 +40,50 @@ class Dispatch(NamedTuple):
 
 def take_copies(x: Float[Tensor, "tokens hidden"], dispatch: Dispatch) -> Float[Tensor, "copies hidden"]:
     """Each token's row once for each of its copies, sorted by expert."""
-    return _TakeCopies.apply(x, dispatch.tokens, dispatch.places)
+    return _TakeRows.apply(x, dispatch.tokens, dispatch.places)
 
 
-def sum_copies(
-    rows: Float[Tensor, "copies hidden"], weights: Float[Tensor, "tokens top_k"], dispatch: Dispatch
-) -> Float[Tensor, "tokens hidden"]:
-    """The weighted sum of each token's copies."""
-    return _SumCopies.apply(rows, weights, dispatch.tokens, dispatch.slots, dispatch.places)
+def take_weights(weights: Float[Tensor, "tokens top_k"], dispatch: Dispatch) -> Float[Tensor, "copies 1"]:
+    """The weight of each copy, sorted by expert."""
+    return _TakeRows.apply(weights.reshape(-1, 1), dispatch.slots, dispatch.places.view(-1, 1))
 
 
-class _TakeCopies(torch.autograd.Function):
+def sum_copies(rows: Float[Tensor, "copies hidden"], dispatch: Dispatch) -> Float[Tensor, "tokens hidden"]:
+    """The sum of each token's copies."""
+    return _SumRows.apply(rows, dispatch.tokens, dispatch.places)
+
+
+class _TakeRows(torch.autograd.Function):
+    """Row `source[i]` as row i; `places` holds for each row of the input where it went.
+
+    With both known, each direction is a gather: nothing is scattered, and no row waits for another.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        return x.index_select(0, tokens)
+        return x.index_select(0, source)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (places,) = ctx.saved_tensors
         return F.embedding_bag(places, grad, mode="sum"), None, None
 
 
-class _SumCopies(torch.autograd.Function):
-    """`embedding_bag` gathers and sums in one pass over memory; its own backward pass would scatter."""
+class _SumRows(torch.autograd.Function):
+    """The transpose of `_TakeRows`. `embedding_bag` gathers and sums in one pass over memory."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, tokens: Tensor, slots: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, tokens, slots, places)
-        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
+    def forward(ctx: Any, rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return F.embedding_bag(places, rows, mode="sum")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, tokens, slots, places = ctx.saved_tensors
-        grad_copies = grad.index_select(0, tokens)
-        grad_weights = (rows * grad_copies).sum(dim=1)[places]
-        return grad_copies * weights.flatten()[slots].unsqueeze(1), grad_weights, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (source,) = ctx.saved_tensors
+        return grad.index_select(0, source), None, None
 
 
 def grouped_linear(
@@ -87,22 +96,22 @@ def grouped_linear(
     return _grouped_linear(rows, weight, ends)
 
 
-@torch.library.custom_op("ultrathink::grouped_linear", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_linear", mutates_args=())
 def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if _kernel_takes(rows, weight):
-        return torch._grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for expert, (start, end) in enumerate(_ranges(ends)):
         torch.mm(rows[start:end], weight[expert].T, out=out[start:end])
     return out
 
 
-@torch.library.custom_op("ultrathink::grouped_weight_grad", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_weight_grad", mutates_args=())
 def _grouped_weight_grad(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """The gradient of the weights of `grouped_linear`: `grad[range]ᵀ · rows[range]` for each expert."""
-    out = rows.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
     if _kernel_takes(grad, rows):
-        return torch._grouped_mm(grad.T, rows, offs=ends)
+        return F.grouped_mm(grad.T, rows, offs=ends)
+    out = rows.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
     for expert, (start, end) in enumerate(_ranges(ends)):
         torch.mm(grad[start:end].T, rows[start:end], out=out[expert])
     return out
@@ -133,12 +142,12 @@ def _grouped_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Ten
 _grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_save_operands)
 
 
-@register_flop_formula([torch.ops.ultrathink.grouped_linear])
+@register_flop_formula([getattr(torch.ops, NAMESPACE).grouped_linear])
 def _grouped_linear_flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * rows[0] * weight[1] * weight[2]
 
 
-@register_flop_formula([torch.ops.ultrathink.grouped_weight_grad])
+@register_flop_formula([getattr(torch.ops, NAMESPACE).grouped_weight_grad])
 def _grouped_weight_grad_flops(grad: Any, rows: Any, *_: Any, **__: Any) -> int:
     return 2 * grad[0] * grad[1] * rows[1]
 

@@ -170,6 +170,8 @@ class _GrowingText:
         self._tokens: Tensor | None = None
         self._valid: Tensor | None = None
 
+    # Each length would be compiled anew: minutes for what takes seconds.
+    @torch.compiler.set_stance("force_eager")
     def extend(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """Adds (batch, new) tokens; returns the logits of what comes next, (batch, vocab), in float32."""
         if self._cache is not None:

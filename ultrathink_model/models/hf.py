@@ -31,6 +31,8 @@ ROUTING_FILE = "routing_state.json"
 # Our model is the attribute `model` of the class that `transformers` loads.
 OWN_PREFIX = "model."
 TIED_HEAD = "lm_head.weight"
+# Tokenizer, code, headers and the file system's own needs beside the weights.
+SPARE_BYTES = 32 << 20
 
 
 def save_model(
@@ -53,12 +55,13 @@ def save_model(
             None takes the model's.
 
     Raises:
-        CheckpointError: `tokenizer_folder` holds no tokenizer.
+        CheckpointError: `tokenizer_folder` holds no tokenizer, or the disk is too full.
     """
     tokenizer = tokenizer_files(Path(tokenizer_folder))
     config = config or model.config
     state = model.state_dict() if state is None else state
-    with replaced_folder(Path(folder)) as new:
+    size = SPARE_BYTES + sum(tensor.nbytes for tensor in state.values())
+    with replaced_folder(Path(folder), size) as new:
         _write_state(state, model, new)
         for path in tokenizer:
             shutil.copyfile(path, new / path.name)
@@ -158,6 +161,7 @@ def _dtype(state: Mapping[str, Tensor]) -> str:
 def _card(config: Config, model: Transformer) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     shape = config.model
+    trust = ", trust_remote_code=True" if is_own_architecture(config) else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -171,7 +175,7 @@ vocabulary of {shape.vocab_size:,} and sequences of {shape.max_seq_length:,} tok
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained("."{trust})
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 

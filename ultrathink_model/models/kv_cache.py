@@ -207,8 +207,8 @@ class RaggedLayerCache:
         self._rows, self._longest = rows, self._longest + new
         if is_first:
             return keys, values, tokens.self_mask
-        # What is computed for a token that is not valid is thrown away, but must not be NaN.
-        mask = tokens.mask_over(Tokens(rows.positions[:, : self._longest])) | ~valid[:, None, :, None]
+        # A token that is not valid may look at nothing at all, whatever that gives: it is thrown away.
+        mask = tokens.mask_over(Tokens(rows.positions[:, : self._longest]))
         return rows.keys[:, :, : self._longest], rows.values[:, :, : self._longest], mask
 
     @property

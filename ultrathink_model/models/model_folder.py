@@ -10,15 +10,28 @@ from ultrathink_model.errors import CheckpointError
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, size: int = 0) -> Iterator[Path]:
     """Gives an empty folder beside `folder` to write to, and puts it in its place when the block ends well.
 
     Everything is synced to disk before it gets its name. Where a folder stands already it steps aside under a name
     that `existing_folder` knows, until the new one has its place; where the block fails it is left as it was.
+
+    Args:
+        folder: The folder to replace or to make.
+        size: Bytes that will be written, roughly.
+
+    Raises:
+        CheckpointError: There are fewer bytes free than that.
     """
     new, old = _beside(folder, "new"), _beside(folder, "old")
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(new, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < size:
+        raise CheckpointError(
+            f"{folder} needs {size / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there; "
+            "free some, or set output.output_dir to another disk."
+        )
     new.mkdir()
     try:
         yield new

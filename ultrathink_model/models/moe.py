@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ultrathink_model.config import Config
-from ultrathink_model.models.attention import swiglu
-from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies
+from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies, take_weights
 from ultrathink_model.models.precision import autocast_dtype
 from ultrathink_model.models.routing import Routing
+from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Tokens
 
 NUM_SOURCE_GROUPS = 4
@@ -95,17 +95,16 @@ class MixtureOfExperts(nn.Module):
 
     def _mix(self, rows: Tensor, weights: Tensor, dispatch: Dispatch, may_leave_rows: bool) -> Tensor:
         dtype = autocast_dtype(rows)
-        copies = take_copies(rows.to(dtype), dispatch)
+        copies, scale = take_copies(rows.to(dtype), dispatch), take_weights(weights.to(dtype), dispatch)
         taken = None
         if may_leave_rows:
             # Copies of no expert come out of the grouped products undefined, forwards and backwards.
             taken = torch.arange(copies.shape[0], device=copies.device).unsqueeze(1) < dispatch.ends[-1]
-            copies = copies.where(taken, 0.0)
-        inner = swiglu(grouped_linear(copies, self.gate_up.to(dtype), dispatch.ends))
+            copies, scale = copies.where(taken, 0.0), scale.where(taken, 0.0)
+        # A weight on the inner units does what one on the output would, with less to keep for the backward pass.
+        inner = swiglu(grouped_linear(copies, self.gate_up.to(dtype), dispatch.ends), scale)
         outer = grouped_linear(inner, self.down.to(dtype), dispatch.ends)
-        if taken is not None:
-            outer = outer.where(taken, 0.0)
-        return sum_copies(outer, weights.to(dtype), dispatch)
+        return sum_copies(outer if taken is None else outer.where(taken, 0.0), dispatch)
 
     def _losses(
         self, logits: Tensor, log_partition: Tensor, probabilities: Tensor, tokens: Tokens, valid: Tensor | None
