@@ -201,7 +201,8 @@ def input_signature(config: Config) -> str:
         names += [source.rpartition(":")[0] or source for source in sources.split(",")]
     elif sources:
         names += [source.dataset for source in sources]
-    names += [name for name in (config.rlhf.preference_data, config.distributed.deepspeed_config) if name]
+    single = (config.rlhf.preference_data, config.constitutional.safety_data, config.distributed.deepspeed_config)
+    names += [name for name in single if name]
     digest = hashlib.sha256()
     for path in sorted({file for name in names for file in _local_files(name)}):
         status = path.stat()

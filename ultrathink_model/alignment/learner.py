@@ -98,6 +98,7 @@ class Learner:
                 labels=batch.labels,
                 document_ids=batch.document_ids,
                 source_groups=batch.source_groups,
+                harm_labels=batch.harm_labels,
             )
             assert output.loss_sum is not None
             objective = sum(output.aux_losses.values(), output.loss_sum)

@@ -22,6 +22,7 @@ from ultrathink_model.config import Config
 from ultrathink_model.data.batch import Batch
 from ultrathink_model.data.loader import TrainLoader
 from ultrathink_model.data.manifest import DataManifest
+from ultrathink_model.data.safety import with_safety_rows
 from ultrathink_model.distributed.context import RankContext, all_reduce_sum
 from ultrathink_model.models.transformer import Transformer
 from ultrathink_model.training.checkpoint import RunPosition, load_tensors, read_rank_state
@@ -205,15 +206,9 @@ class PolicyRun:
 
         def add() -> None:
             if self._corpus is None:
-                context = self.context
-                loader = TrainLoader(
-                    self._manifest,
-                    self.config,
-                    rank=context.rank,
-                    world_size=context.world_size,
-                    first_step=number // rlhf.rlhf_frequency,
-                )
-                self._corpus = iter(loader)
+                rank, ranks, first = self.context.rank, self.context.world_size, number // rlhf.rlhf_frequency
+                loader = TrainLoader(self._manifest, self.config, rank=rank, world_size=ranks, first_step=first)
+                self._corpus = with_safety_rows(iter(loader), self._manifest, self.config, rank, ranks, first)
             self.position.tokens += self.learner.add_language_model_gradient(
                 next(self._corpus), rlhf.ptx_weight, self._first_routing_step + number
             )

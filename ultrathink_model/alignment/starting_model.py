@@ -44,6 +44,8 @@ def aligned_config(config: Config, init_from: Path | None) -> Config:
         if getattr(source.advanced, switch):
             values["advanced"][switch] = True
             values[section] = getattr(source, section).model_dump()
+    # The section `constitutional` is the run's own: it says how, and not what, the head learns.
+    values["advanced"]["enable_constitutional"] |= source.advanced.enable_constitutional
     resolved = make_config(values)
     for section in ("model", "advanced", "moe", "dre"):
         before, now = getattr(config, section).model_dump(), getattr(resolved, section).model_dump()

@@ -7,6 +7,18 @@ from pydantic import Field
 from ultrathink_model.config.section import Section
 
 FEED_FORWARD_MULTIPLE = 64
+HARM_CATEGORIES = (
+    "violence",
+    "hate",
+    "sexual",
+    "self_harm",
+    "pii",
+    "deception",
+    "illegal",
+    "medical",
+    "financial",
+    "manipulation",
+)
 
 
 class ModelConfig(Section):
@@ -65,12 +77,19 @@ class AdvancedConfig(Section):
 
     enable_moe: bool = Field(False, description="Replace feed-forwards by mixtures of experts (section `moe`).")
     enable_dre: bool = Field(False, description="Let a router choose each token's depth (section `dre`).")
-    enable_constitutional: bool = Field(False, description="Train with the constitutional harm head.")
+    enable_constitutional: bool = Field(
+        False, description="Give the model a head that scores ten kinds of harm (section `constitutional`)."
+    )
     enable_rlhf: bool = Field(False, description="Run alignment (section `rlhf`) in place of pretraining.")
     enable_multimodal: bool = Field(False, description="Take images and sound beside text (section `multimodal`).")
     dre_warmup_steps: int = Field(
         0, ge=0, description="Optimizer steps over which the reasoning engine goes from full compute to its budget."
     )
+
+    @property
+    def harm_categories(self) -> tuple[str, ...]:
+        """What the harm head scores, in the order of its outputs; empty without it."""
+        return HARM_CATEGORIES if self.enable_constitutional else ()
 
 
 class MoEConfig(Section):

@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from ultrathink_model.config.constitutional import ConstitutionalConfig
 from ultrathink_model.config.data import DataConfig
 from ultrathink_model.config.model import AdvancedConfig, DREConfig, ModelConfig, MoEConfig, MultimodalConfig
 from ultrathink_model.config.rlhf import RLHFConfig
@@ -23,6 +24,7 @@ class Config(Section):
     moe: MoEConfig = Field(MoEConfig(), description="Mixture of experts.")
     dre: DREConfig = Field(DREConfig(), description="Dynamic Reasoning Engine.")
     rlhf: RLHFConfig = Field(RLHFConfig(), description="Alignment.")
+    constitutional: ConstitutionalConfig = Field(ConstitutionalConfig(), description="Harm head.")
     multimodal: MultimodalConfig = Field(MultimodalConfig(), description="Images and sound.")
     training: TrainingConfig = Field(TrainingConfig(), description="The training loop.")
     distributed: DistributedConfig = Field(DistributedConfig(), description="Ranks and strategies.")
@@ -98,11 +100,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _features_are_built(self) -> "Config":
-        for name in ("enable_constitutional", "enable_multimodal"):
-            if getattr(self.advanced, name):
-                raise ValueError(
-                    f"advanced.{name}=true is not available in this version, and nothing would change; set it to false"
-                )
+        if self.advanced.enable_multimodal:
+            raise ValueError(
+                "advanced.enable_multimodal=true is not available in this version, and nothing would change; "
+                "set it to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,8 @@ class Batch:
 
     `labels` stand at the position that predicts them, already shifted; -100 is not predicted. `document_ids` number
     the documents within each row and are None when no row holds two of them. `source_groups` holds the expert group
-    0 … 3 of each token's source, -1 for none, and is None when no source is tagged.
+    0 … 3 of each token's source, -1 for none, and is None when no source is tagged. `harm_labels` belongs to the last
+    rows, whose texts are labelled for harm and are not predicted: bit c is set where category c applies.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -27,6 +28,7 @@ class Batch:
     document_ids: Int[Tensor, "batch seq"] | None
     source_groups: Int[Tensor, "batch seq"] | None
     num_tokens: int
+    harm_labels: Int[Tensor, "labelled seq"] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
@@ -43,6 +45,7 @@ class Batch:
             document_ids=None if self.document_ids is None else function(self.document_ids),
             source_groups=None if self.source_groups is None else function(self.source_groups),
             num_tokens=self.num_tokens,
+            harm_labels=None if self.harm_labels is None else function(self.harm_labels),
         )
 
 

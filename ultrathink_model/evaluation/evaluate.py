@@ -13,6 +13,7 @@ from ultrathink_model.errors import TokenizerError
 from ultrathink_model.evaluation.baselines import cached_baselines
 from ultrathink_model.evaluation.perplexity import ValidationLoss, validation_loss
 from ultrathink_model.evaluation.result import EvaluationResult
+from ultrathink_model.evaluation.safety import harm_head_metrics
 from ultrathink_model.evaluation.samples import generate_samples
 from ultrathink_model.models.hf import load_model
 from ultrathink_model.models.transformer import ModelOutput, Transformer
@@ -70,6 +71,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, manifest: DataManifest, c
         metrics[f"eval/{name}/loss"] = found.loss
         metrics[f"eval/{name}/perplexity"] = found.perplexity
         metrics[f"eval/{name}/bits_per_byte"] = found.bits_per_byte(split.bytes)
+    metrics |= harm_head_metrics(model, tokenizer, manifest, config)
     return EvaluationResult(
         metrics=metrics,
         samples=generate_samples(model, tokenizer, manifest, config.evaluation, config.training.seed),

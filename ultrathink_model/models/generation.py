@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ultrathink_model.models.guard import Guard, GuardedRows
 from ultrathink_model.models.kv_cache import KVCache
 from ultrathink_model.models.transformer import Transformer
 
@@ -21,20 +22,26 @@ class Generation:
         logprobs: Log-probability in nats of each token under the temperature-scaled distribution before any
             truncation (greedy: at temperature 1); 0 where `mask` is False.
         mask: True up to and including the stop token.
+        guarded: True for the rows that a guard ended; None without a guard.
     """
 
     tokens: Int[Tensor, "batch new"]
     logprobs: Float[Tensor, "batch new"]
     mask: Bool[Tensor, "batch new"]
+    guarded: Bool[Tensor, " batch"] | None = None
 
 
 @dataclass(frozen=True)
 class NewTokens:
-    """One new token of every row; `active` is False for rows that had ended before it."""
+    """One new token of every row; `active` is False for rows that had ended before it.
+
+    `guarded` is True for rows that a guard has taken over or ended; None without a guard.
+    """
 
     tokens: Int[Tensor, " batch"]
     logprobs: Float[Tensor, " batch"]
     active: Bool[Tensor, " batch"]
+    guarded: Bool[Tensor, " batch"] | None = None
 
 
 def generate(
@@ -49,6 +56,7 @@ def generate(
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    guard: Guard | None = None,
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens.
 
@@ -66,6 +74,11 @@ def generate(
         pad_token_id: Fills a row after its stop token.
         generator: Source of the draws, one uniform number a row and token; on any device.
         use_cache: Keep keys and values between tokens; False computes every token from the whole text.
+        guard: Ends a row, or writes its own words there, once the harm head finds the text harmful; the prompt counts.
+            What it writes has log-probability 0.
+
+    Raises:
+        ConfigError: There is a guard, and the model has no harm head.
     """
     batch, device = prompts.shape[0], prompts.device
     tokens = torch.full((batch, max_new_tokens), pad_token_id, dtype=prompts.dtype, device=device)
@@ -82,10 +95,13 @@ def generate(
         pad_token_id=pad_token_id,
         generator=generator,
         use_cache=use_cache,
+        guard=guard,
     )
+    guarded = None
     for column, new in enumerate(steps):
         tokens[:, column], logprobs[:, column], mask[:, column] = new.tokens, new.logprobs, new.active
-    return Generation(tokens, logprobs, mask)
+        guarded = new.guarded
+    return Generation(tokens, logprobs, mask, guarded)
 
 
 @torch.no_grad()
@@ -101,6 +117,7 @@ def generation_steps(
     pad_token_id: int = 0,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    guard: Guard | None = None,
 ) -> Iterator[NewTokens]:
     """The tokens of `generate` as they come, for a reader who does not want to wait; same arguments."""
     assert temperature >= 0, f"{temperature=} makes no distribution"
@@ -108,14 +125,21 @@ def generation_steps(
     active = torch.ones(prompts.shape[0], dtype=torch.bool, device=prompts.device)
     stops = torch.tensor(stop_token_ids, dtype=prompts.dtype, device=prompts.device)
     text = _GrowingText(model, prompts.shape[1] + max_new_tokens, use_cache)
+    watched = None if guard is None else GuardedRows(model, guard, prompts)
     was_training = model.training
     model.eval()
     try:
         tokens, valid = prompts, attention_mask
         for _ in range(max_new_tokens):
-            drawn, logprobs = choose_tokens(text.extend(tokens, valid), temperature, top_p, generator)
+            hidden = text.extend(tokens, valid)
+            logits = F.linear(hidden, model.output_weight).float()
+            drawn, logprobs = choose_tokens(logits, temperature, top_p, generator)
+            if watched is not None:
+                drawn, logprobs, active = watched.step(hidden, drawn, logprobs, active)
             drawn = drawn.where(active, pad_token_id)
-            yield NewTokens(drawn, logprobs.where(active, 0.0), active)
+            yield NewTokens(drawn, logprobs.where(active, 0.0), active, None if watched is None else watched.rows)
+            if watched is not None and not active.any():
+                return
             if stop_token_ids:
                 active = active & ~torch.isin(drawn, stops)
                 if not active.any():
@@ -162,7 +186,7 @@ def _draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class _GrowingText:
-    """Rows of text that grow at the end, and what the model predicts after them."""
+    """Rows of text that grow at the end, and the model's state at their end."""
 
     def __init__(self, model: Transformer, capacity: int, use_cache: bool) -> None:
         self._model = model
@@ -173,7 +197,7 @@ class _GrowingText:
     # Each length would be compiled anew: minutes for what takes seconds.
     @torch.compiler.set_stance("force_eager")
     def extend(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """Adds (batch, new) tokens; returns the logits of what comes next, (batch, vocab), in float32."""
+        """Adds (batch, new) tokens; returns the last state of each row, (batch, hidden)."""
         if self._cache is not None:
             output = self._model(
                 tokens, attention_mask=valid, cache=self._cache, start=self._cache.length, return_logits=False
@@ -182,7 +206,7 @@ class _GrowingText:
         else:
             self._append(tokens, valid)
             output = self._model(self._tokens, attention_mask=self._valid, return_logits=False)
-        return F.linear(output.hidden[:, -1], self._model.output_weight).float()
+        return output.hidden[:, -1]
 
     def _append(self, tokens: Tensor, valid: Tensor | None) -> None:
         if self._tokens is None:

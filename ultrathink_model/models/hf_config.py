@@ -19,7 +19,7 @@ ARCHITECTURE_SECTIONS = ("model", "advanced", "moe", "dre")
 
 def is_own_architecture(config: Config) -> bool:
     """Whether `transformers` has no class for the model, so that its folder must bring the modelling code."""
-    return config.advanced.enable_dre
+    return config.advanced.enable_dre or config.advanced.enable_constitutional
 
 
 def hugging_face_config(config: Config) -> dict[str, Any]:

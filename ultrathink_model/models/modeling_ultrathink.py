@@ -67,6 +67,21 @@ class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
         """The output projection; None where it is the embedding."""
         return self.model.head
 
+    @torch.no_grad()
+    def harm_scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Probability that a text does harm, (batch,) for each category; empty for a model without a harm head.
+
+        Args:
+            input_ids: (batch, seq) tokens, shorter texts padded on the left.
+            attention_mask: (batch, seq), 0 at padding.
+        """
+        if self.model.harm_head is None:
+            return {}
+        mask = None if attention_mask is None else attention_mask.bool()
+        hidden = self.model(input_ids, attention_mask=mask, return_logits=False).hidden
+        scores = self.model.harm_head(hidden[:, -1]).sigmoid()
+        return dict(zip(self.model.config.advanced.harm_categories, scores.unbind(-1), strict=True))
+
     def forward(
         self,
         input_ids: Tensor,

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ultrathink_model.config import Config
 from ultrathink_model.models.attention import Attention, FeedForward, LayerCache
+from ultrathink_model.models.harm_head import HarmHead
 from ultrathink_model.models.loss import chunked_cross_entropy
 from ultrathink_model.models.moe import MixtureOfExperts
 from ultrathink_model.models.norm import RMSNorm
@@ -86,6 +87,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
         self.norm = RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        categories = config.advanced.harm_categories
+        self.harm_head = HarmHead(model.hidden_size, len(categories)) if categories else None
         self._rotation: Rotation | None = None
         self._counts: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -105,6 +108,7 @@ class Transformer(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         start: int = 0,
         return_logits: bool = True,
+        harm_labels: Int[Tensor, "labelled seq"] | None = None,
     ) -> ModelOutput:
         """One pass over a batch.
 
@@ -117,6 +121,7 @@ class Transformer(nn.Module):
             cache: The layers' keys and values, to which this call's are added.
             start: Position of the first column, where earlier ones are in the cache.
             return_logits: Whether logits are wanted when there are no labels.
+            harm_labels: Harm of each token of the last rows, for training the harm head; see `HarmHead.loss_sum`.
         """
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         tokens = Tokens(positions, document_ids, attention_mask, source_groups, self.config.model.sliding_window)
@@ -144,6 +149,10 @@ class Transformer(nn.Module):
         )
         if self.training and training.z_loss_weight:
             report.losses["z_loss"] = z_loss
+        if self.training and self.harm_head is not None:
+            report.losses["harm"] = self.config.constitutional.harm_loss_weight * self.harm_head.loss_sum(
+                hidden, harm_labels
+            )
         return ModelOutput(hidden, loss_sum=loss_sum, aux_losses=report.losses)
 
     def _run_block(
@@ -240,5 +249,7 @@ def initialise(model: Transformer, seed: int) -> None:
         elif isinstance(module, nn.Linear):
             writes_residual = name.endswith(("attention.output", "feed_forward.down"))
             module.weight.normal_(0.0, residual_spread if writes_residual else spread, generator=generator)
+        elif isinstance(module, HarmHead):
+            module.initialise(generator, spread)
         elif isinstance(module, MixtureOfExperts | DepthRouter):
             module.initialise(generator, spread, residual_spread)

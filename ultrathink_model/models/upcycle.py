@@ -153,6 +153,8 @@ def _refuse_what_differs(source: Config, target: Config, folder: Path) -> None:
             f"advanced.enable_dre={target.advanced.enable_dre} with dre.layer_frequency={target.dre.layer_frequency}, "
             f"{source.advanced.enable_dre} with {source.dre.layer_frequency} there"
         )
+    if source.advanced.enable_constitutional and not target.advanced.enable_constitutional:
+        differences.append("advanced.enable_constitutional=False, and a harm head there, which would be lost")
     if differences:
         raise CheckpointError(
             f"--init-from {folder} does not fit this run: {'; '.join(differences)}. Give the run the source's values."

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ultrathink_model.config import Config
 from ultrathink_model.data import DataManifest, TrainLoader
+from ultrathink_model.data.safety import with_safety_rows
 from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import DependencyError
@@ -64,7 +65,9 @@ def make_trainer(
     strategy.prepare(model, functools.partial(make_optimizer, config.training))
     position = point.manifest.position.model_copy() if point else RunPosition()
     loader = TrainLoader(manifest, config, rank=context.rank, world_size=context.world_size, first_step=position.step)
-    batches = iter(loader)
+    batches = with_safety_rows(
+        iter(loader), manifest, config, context.rank, context.world_size, first_step=position.step
+    )
     seed_generators(config.training.seed, context.rank)
     evaluation = EvaluationCallback(
         config, manifest, context, metrics.extra, at_start=init_from is not None and point is None

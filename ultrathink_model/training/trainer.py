@@ -128,6 +128,7 @@ class Trainer:
                 labels=on_device.labels,
                 document_ids=on_device.document_ids,
                 source_groups=on_device.source_groups,
+                harm_labels=on_device.harm_labels,
             )
         return output
 
