@@ -28,11 +28,22 @@ STEPS = 6
 
 ROUTED = ["advanced.enable_moe=true", "advanced.enable_dre=true", "moe.layer_frequency=2", "model.tie_embeddings=false"]
 
+MIXTURE = ["advanced.enable_moe=true"]  # 8 experts in both blocks
+CUT = ["distributed.expert_parallel_size=2", *MIXTURE]
+# Capacity is counted in the tokens of one rank, so one process drops others: it is compared over ranks alone.
+CAPACITY = ["moe.expert_capacity=1"]
+
 # A name's second part says what is trained, whoever trains it.
 STRATEGIES = {
     "ddp": ["distributed.strategy=ddp"],
     "ddp_muon": ["distributed.strategy=ddp", "training.optimizer=muon"],
     "ddp_routed": ["distributed.strategy=ddp", *ROUTED],
+    "ddp_mixture": ["distributed.strategy=ddp", *MIXTURE],
+    "ddp_capacity": ["distributed.strategy=ddp", *MIXTURE, *CAPACITY],
+    "ddpcut_mixture": ["distributed.strategy=ddp", *CUT],
+    "ddpcut_capacity": ["distributed.strategy=ddp", *CUT, *CAPACITY],
+    "ddpcut_muonmixture": ["distributed.strategy=ddp", "training.optimizer=muon", *CUT],
+    "fsdpcut_mixture": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *CUT],
     "fsdp": ["distributed.strategy=fsdp"],
     "fsdp_muon": ["distributed.strategy=fsdp", "training.optimizer=muon"],
     "fsdp_routed": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *ROUTED],

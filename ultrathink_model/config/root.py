@@ -1,5 +1,7 @@
 """The whole config, and the rules that hold between its sections."""
 
+import math
+
 from pydantic import Field, model_validator
 
 from ultrathink_model.config.constitutional import ConstitutionalConfig
@@ -134,5 +136,31 @@ class Config(Section):
         if distributed.deepspeed_config and distributed.strategy not in (None, "deepspeed"):
             raise ValueError(
                 f"distributed.deepspeed_config is read only by strategy deepspeed, not {distributed.strategy}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_cut(self) -> "Config":
+        size = self.distributed.expert_parallel_size
+        if size == 1:
+            return self
+        start = f"distributed.expert_parallel_size={size}"
+        if not (self.advanced.enable_moe and self.distributed.enabled):
+            raise ValueError(f"{start} cuts experts over ranks: it needs advanced.enable_moe and distributed.enabled")
+        if self.distributed.strategy not in (None, "ddp", "fsdp") or self.distributed.deepspeed_config:
+            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, not {self.distributed.strategy}")
+        if self.distributed.launcher == "deepspeed" and self.distributed.strategy is None:
+            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, and launcher deepspeed takes its own")
+        if self.moe.num_experts % size:
+            raise ValueError(
+                f"{start} does not divide the {self.moe.num_experts} experts of all groups; change a group's size"
+            )
+        if self.advanced.enable_rlhf:
+            raise ValueError(f"{start} is not available to alignment, whose rollouts end at other steps on each rank")
+        shared = math.lcm(self.moe.layer_frequency, self.dre.layer_frequency)
+        if self.advanced.enable_dre and shared <= self.model.num_layers:
+            raise ValueError(
+                f"{start} cannot cut the mixture of block {shared}, which is routed in depth too: in evaluation its "
+                "ranks would make different numbers of passes and wait for each other; change dre.layer_frequency"
             )
         return self

@@ -96,6 +96,11 @@ class DistributedConfig(Section):
     cpu_offload: bool = Field(
         False, description="Keep optimizer state (ZeRO) or sharded weights (FSDP) in host memory."
     )
+    expert_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Ranks over which the experts of each mixture are cut (mesh axis `ep`), under `ddp` or `fsdp`; 1 gives every rank all experts.",
+    )
     timeout_seconds: float = Field(
         600, gt=0, description="Seconds that a collective waits for a lost rank before the run ends."
     )

@@ -22,9 +22,11 @@ class DDPStrategy(SingleStrategy):
     def backward(self, loss: Float[Tensor, ""], is_last_micro_step: bool) -> None:
         """Adds a micro-batch's gradient; with the last one, buckets are summed as they fill."""
         self._exchanges = is_last_micro_step
-        loss.backward()
+        super().backward(loss, is_last_micro_step)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
+        if self.experts:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*self.experts.parameters])
         # Buffers change alike on all ranks, from counts that were summed over them.
         wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, self._sum_bucket)

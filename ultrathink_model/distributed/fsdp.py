@@ -24,7 +24,7 @@ class FSDPStrategy(SingleStrategy):
         assert isinstance(self.model, FSDPModule)
         self.model.set_is_last_backward(is_last_micro_step)
         self.model.set_requires_gradient_sync(is_last_micro_step)
-        loss.backward()
+        super().backward(loss, is_last_micro_step)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         # True of a block that is routed in depth, and harmless: the decoder changes no block's output in place.
@@ -33,9 +33,9 @@ class FSDPStrategy(SingleStrategy):
         mesh = init_device_mesh(device.type, (self.context.world_size,), mesh_dim_names=("dp_shard",))
         offload = self.config.distributed.cpu_offload and device.type != "cpu"
         policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-        for block in self._units(model):
-            fully_shard(block, mesh=mesh, offload_policy=policy)
-        fully_shard(model, mesh=mesh, offload_policy=policy)
+        experts = set(self.experts.parameters.values()) if self.experts else set()
+        for unit in (*self._units(model), model):
+            fully_shard(unit, mesh=mesh, offload_policy=policy, ignored_params=experts)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Gloo can only add; NCCL's average would need gradient_scale to be the world size.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ultrathink_model.config import Config
 from ultrathink_model.distributed.context import RankContext
+from ultrathink_model.distributed.state import same_mesh
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -94,11 +95,15 @@ class Strategy(ABC):
 
     def _clip(self, max_norm: float | None) -> Float[Tensor, ""]:
         """Norm and clipping for gradients that lie in `parameter.grad`, whole or as DTensors."""
-        parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        alike = same_mesh([parameter for parameter in self.unwrapped.parameters() if parameter.grad is not None])
+        norms = []
+        for parameters in alike:
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = nn.utils.get_total_norm(norms) if len(norms) > 1 else norms[0]
         if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            for parameters in alike:
+                nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm.detach()
 
     def _move_to_device(self, model: nn.Module) -> nn.Module:

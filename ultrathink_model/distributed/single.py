@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ultrathink_model.distributed.expert_parallel import ExpertParallel
 from ultrathink_model.distributed.interface import MakeOptimizer, Strategy
 from ultrathink_model.distributed.state import load_optimizer_state, optimizer_state
 
@@ -13,16 +14,22 @@ class SingleStrategy(Strategy):
     """The model as it is. Strategies that keep weights and gradients in the module build on this one."""
 
     name = "single"
+    experts: ExpertParallel | None = None
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        """Moves the model to the device."""
+        """Moves the model to the device, and leaves this rank its experts where they are cut over ranks."""
         self.unwrapped = self._move_to_device(model)
+        if self.config.distributed.expert_parallel_size > 1:
+            self.experts = ExpertParallel(self.config.distributed.expert_parallel_size, self.context)
+            self.experts.cut(self.unwrapped)
         self.model = self._wrap(self.unwrapped)
         self.optimizer = make_optimizer(self.unwrapped)
 
     def backward(self, loss: Float[Tensor, ""], is_last_micro_step: bool) -> None:
         """Adds a micro-batch's gradient."""
         loss.backward()
+        if self.experts and is_last_micro_step:
+            self.experts.sum_gradients()
 
     def gradient_norm_and_clip(self, max_norm: float | None) -> Float[Tensor, ""]:
         """The norm of the gradient, which is then clipped."""

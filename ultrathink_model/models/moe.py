@@ -1,6 +1,7 @@
 """Mixture of experts in place of a feed-forward."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,20 @@ from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Tokens
 
 NUM_SOURCE_GROUPS = 4
+
+ApplyExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def apply_experts(
+    copies: Float[Tensor, "copies hidden"],
+    scale: Float[Tensor, "copies 1"],
+    ends: Int[Tensor, " experts"],
+    gate_up: Float[Tensor, "experts double_width hidden"],
+    down: Float[Tensor, "experts hidden width"],
+) -> Float[Tensor, "copies hidden"]:
+    """`scale · down_e(silu(gate_e(x)) · up_e(x))` of rows sorted by expert; those past the last end are undefined."""
+    # A scale on the inner units does what one on the output would, with less to keep for the backward pass.
+    return grouped_linear(swiglu(grouped_linear(copies, gate_up, ends), scale), down, ends)
 
 
 class MixtureOfExperts(nn.Module):
@@ -43,6 +58,8 @@ class MixtureOfExperts(nn.Module):
         # One matrix an expert, (out, in) as in nn.Linear, the gate's rows before the up's: transformers' layout.
         self.gate_up = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        # Expert parallelism puts its own in place of it.
+        self.apply_experts: ApplyExperts = apply_experts
         # Share of the previous step's copies that each expert took.
         self.register_buffer("expert_load", torch.empty(self.num_experts))
 
@@ -101,10 +118,8 @@ class MixtureOfExperts(nn.Module):
             # Copies of no expert come out of the grouped products undefined, forwards and backwards.
             taken = torch.arange(copies.shape[0], device=copies.device).unsqueeze(1) < dispatch.ends[-1]
             copies, scale = copies.where(taken, 0.0), scale.where(taken, 0.0)
-        # A weight on the inner units does what one on the output would, with less to keep for the backward pass.
-        inner = swiglu(grouped_linear(copies, self.gate_up.to(dtype), dispatch.ends), scale)
-        outer = grouped_linear(inner, self.down.to(dtype), dispatch.ends)
-        return sum_copies(outer if taken is None else outer.where(taken, 0.0), dispatch)
+        mixed = self.apply_experts(copies, scale, dispatch.ends, self.gate_up.to(dtype), self.down.to(dtype))
+        return sum_copies(mixed if taken is None else mixed.where(taken, 0.0), dispatch)
 
     def _losses(
         self, logits: Tensor, log_partition: Tensor, probabilities: Tensor, tokens: Tokens, valid: Tensor | None

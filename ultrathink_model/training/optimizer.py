@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ultrathink_model.config.training import TrainingConfig
+from ultrathink_model.distributed.state import same_mesh
 from ultrathink_model.models.attention import Attention, FeedForward
 from ultrathink_model.training.muon import Muon
 
@@ -20,7 +21,7 @@ def make_optimizer(training: TrainingConfig, module: nn.Module) -> Optimizer:
         training: Section `training` of the config.
         module: The model; weights that need no gradient are left out.
     """
-    groups = [group for group in _parameter_groups(training, module) if group["params"]]
+    groups = _parameter_groups(training, module)
     betas = (training.adam_beta1, training.adam_beta2)
     if training.optimizer == "adamw":
         return AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=True)
@@ -67,9 +68,9 @@ def _parameter_groups(training: TrainingConfig, module: nn.Module) -> list[dict[
             (decayed if parameter.ndim >= 2 else plain).append(parameter)
     decay, rate = training.weight_decay, training.learning_rate
     return [
-        _group(muon, "muon", training.muon_learning_rate, decay),
-        _group(decayed, "adamw", rate, decay),
-        _group(plain, "adamw", rate, 0.0),
+        *(_group(alike, "muon", training.muon_learning_rate, decay) for alike in same_mesh(muon)),
+        *(_group(alike, "adamw", rate, decay) for alike in same_mesh(decayed)),
+        *(_group(alike, "adamw", rate, 0.0) for alike in same_mesh(plain)),
     ]
 
 
