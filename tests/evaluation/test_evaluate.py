@@ -9,6 +9,7 @@ from ultrathink_model.data.prepare import prepare_data
 from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.errors import CheckpointError, TokenizerError
 from ultrathink_model.evaluation.baselines import BASELINES_NAME, cached_baselines
+from ultrathink_model.evaluation.depths import depth_pieces
 from ultrathink_model.evaluation.evaluate import evaluate, evaluate_model
 from ultrathink_model.evaluation.result import EvaluationResult
 from ultrathink_model.evaluation.samples import held_out_prompts
@@ -66,6 +67,25 @@ def test_samples_are_the_same_for_the_same_seed(text_config, manifest, tokenizer
 def test_no_samples_are_made_when_none_are_wanted(text_config, manifest, tokenizer):
     config = override_config(text_config, ["evaluation.num_generations=0"])
     assert evaluate(build_model(config), tokenizer, manifest, config).samples == []
+
+
+def test_reading_says_how_deep_each_token_went(text_config, manifest, tokenizer):
+    config = override_config(
+        text_config, ["advanced.enable_dre=true", "dre.force_path=deep", "model.max_seq_length=32"]
+    )
+    reading = evaluate(build_model(config), tokenizer, manifest, config).reading
+    prompt = held_out_prompts(manifest, tokenizer, 1, 32, config.training.seed)[0]
+    assert "".join(piece.text for piece in reading) == tokenizer.decode(prompt)
+    assert [piece.passes for piece in reading] == [2.0] * len(prompt)
+    assert evaluate(build_model(text_config), tokenizer, manifest, text_config).reading == []
+
+
+def test_reading_keeps_the_bytes_of_a_character_together(tokenizer):
+    ids = tokenizer.encode("a‽b")
+    assert len(ids) > 3, "the tokenizer knows no such character"
+    pieces = depth_pieces(tokenizer, ids, [1.0] * (len(ids) - 1) + [3.0])
+    assert [piece.text for piece in pieces] == ["a", "‽", "b"]
+    assert pieces[2].passes == 3.0
 
 
 def test_prompts_are_beginnings_of_held_out_sentences(manifest, tokenizer, tmp_path):

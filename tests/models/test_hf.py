@@ -45,6 +45,7 @@ OWN = {
     "routed": [DRE],
     "routed mixture with a window": [DRE, MOE, "dre.layer_frequency=1", "model.sliding_window=7"],
     "routed and untied": [DRE, "model.tie_embeddings=false"],
+    "mixture with a bias": [MOE, "moe.router_bias_rate=0.1"],
 }
 
 # Both sum the same float32 products in another order. Logits are of the order of 1, and a rounding error of 6e-8 a
@@ -86,7 +87,7 @@ def saved(small_model, tokenizer_folder, tmp_path):
 def with_busy_routers(model: Transformer) -> Transformer:
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.named_buffers():
-        if name.endswith("expert_load"):
+        if name.endswith(("expert_load", "router_bias")):
             tensor.uniform_(generator=generator)
     for module in model.modules():
         if isinstance(module, DepthRouter):

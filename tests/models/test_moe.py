@@ -256,6 +256,27 @@ def test_finished_step_sets_the_load_and_an_empty_one_leaves_it(mixture):
     assert "expert_load" in layer.state_dict()
 
 
+def test_bias_moves_by_its_rate_against_the_load_and_chooses_without_weighing(mixture):
+    layer, plain = mixture("moe.router_bias_rate=0.5"), mixture()
+    assert plain.router_bias is None
+    x = states(2, 9)
+    torch.testing.assert_close(layer(x, grid(2, 9))[0], plain(x, grid(2, 9))[0], msg="it starts at zero")
+    layer.end_step({"moe/load": torch.tensor([9.0, 0, 0, 1, 1, 1, 1, 1])})  # a fair share is 1.75
+    assert layer.router_bias.tolist() == [-0.5, *[0.5] * 7]
+    layer.router_bias.copy_(torch.tensor([100.0, 100, 0, 0, 0, 0, 0, 0]))
+    for training in (True, False):
+        result, routing = layer.train(training)(x, grid(2, 9))
+        weights = router_probabilities(layer, x)[:, :2]
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        rows, expected = x.flatten(0, 1), torch.zeros(18, HIDDEN)
+        for expert in range(2):
+            gate, up = F.linear(rows, layer.gate_up[expert]).chunk(2, dim=1)
+            expected += weights[:, expert, None] * F.linear(F.silu(gate) * up, layer.down[expert])
+        torch.testing.assert_close(result.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
+        if training:
+            assert routing.counts["moe/load"].tolist() == [18.0, 18, 0, 0, 0, 0, 0, 0]
+
+
 def test_statistics_are_shares_over_layers(mixture):
     layer = mixture("moe.expert_capacity=0.5")
     x, groups = states(4, 16), torch.randint(0, 3, (4, 16), generator=torch.Generator().manual_seed(1))

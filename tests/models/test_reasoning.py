@@ -87,9 +87,10 @@ def test_passes_equal_a_reference_that_gathers_nothing(routed, variant):
     passes = passes_by_threshold(block.depth_router, x)
     assert set(passes.flatten().tolist()) == {0, 1, 2, 3}
     expected = reference(block, x, tokens, table, passes)
-    result, _ = block(x, tokens, table)
+    result, routing = block(x, tokens, table)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(result[passes == 0], x[passes == 0]), "a token on the fast path keeps its state"
+    assert torch.equal(routing.passes[0].int(), passes.int())
 
 
 @torch.no_grad()
@@ -103,6 +104,7 @@ def test_training_passes_equal_the_reference_with_the_highest_logits_chosen(rout
     result, routing = block(x, tokens, table)
     torch.testing.assert_close(result, reference(block, x, tokens, table, passes), atol=1e-5, rtol=1e-5)
     assert [routing.counts[f"dre/passes/{depth}"] for depth in range(3)] == [27, 12, 6]
+    assert torch.equal(routing.passes[0].int(), passes)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ MIXTURES = {
     "quarters, top 4": [*MOE, "moe.moe_top_k=4"],
     "eighths, all": [*MOE, "moe.moe_top_k=8"],
     "second block only": [*MOE, "moe.layer_frequency=2"],
+    "with a bias": [*MOE, "moe.router_bias_rate=0.01"],
     "with jitter": [*MOE, "moe.router_jitter=0.1"],
 }
 TARGETS = (
@@ -126,7 +127,11 @@ def test_report_says_where_each_tensor_comes_from(source, small_model):
     routed = ("depth_router.strengths", "depth_router.thresholds", "depth_router.router.weight")
     assert sorted(report.new) == sorted(["blocks.1.feed_forward.expert_load", *(f"blocks.1.{name}" for name in routed)])
     assert len(report.taken) == len(model.state_dict()) - 7
-    assert report.summary() == f"{len(report.taken)} tensors taken as they were, 3 made by splitting, 4 new"
+    assert report.summary() == (
+        f"{len(report.taken)} tensors taken as they were, 3 made by splitting (feed_forward.gate_up, feed_forward.down, "
+        "feed_forward.router.weight), 4 new (feed_forward.expert_load, depth_router.strengths, "
+        "depth_router.thresholds, depth_router.router.weight)"
+    )
 
 
 def test_noise_tells_copies_apart(source, small_model):
@@ -149,6 +154,7 @@ def test_noise_tells_copies_apart(source, small_model):
 CONTINUED = {
     "mixture": (MOE, MOE),
     "mixture, then routed": (MOE, [*MOE, *DRE]),
+    "mixture, then with a bias": (MOE, [*MOE, "moe.router_bias_rate=0.01"]),
     "routed": (DRE, DRE),
     "routed, then a mixture": (DRE, [*DRE, *MOE]),
     "both": ([*MOE, *DRE], [*MOE, *DRE]),
@@ -209,6 +215,7 @@ REFUSED = {
     "other experts": (MOE, [*MOE, "moe.num_skill_experts=4"], "experts of all groups=10, 8 there"),
     "other frequency": (MOE, [*MOE, "moe.layer_frequency=2"], r"moe\.layer_frequency=2, 1 there"),
     "other top k": (MOE, [*MOE, "moe.moe_top_k=4", "moe.expert_hidden_size=24"], r"moe\.moe_top_k=4, 2 there"),
+    "bias": ([*MOE, "moe.router_bias_rate=0.01"], MOE, r"moe\.router_bias_rate=0\.0, 0\.01 there, whose experts are"),
     "routed to unrouted": (DRE, [], r"advanced\.enable_dre=False .* True with 2 there"),
     "other routed blocks": (DRE, [*DRE, "dre.layer_frequency=1"], r"dre\.layer_frequency=1, True with 2 there"),
     "no whole shards": ([], [*MOE, "moe.expert_hidden_size=20"], r"48 / 20 = 2\.4; set moe\.expert_hidden_size to 48"),

@@ -41,6 +41,27 @@ def test_report_covers_every_stage(stages, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
+def test_text_is_coloured_by_depth(stages):
+    html = report_html(stages, "Production")
+    pieces = re.findall(r'<span class="(deep)?" style="--heat:([\d.]+)%" title="([^"]*)">([^<]*)</span>', html)
+    assert pieces == [
+        ("", "0.0", "0 passes", "The"),
+        ("deep", "100.0", "3 passes", " &lt;b&gt;state"),
+        ("", "16.7", "0.5 passes", " of"),
+    ]
+    assert "1.17 over the text" in html
+
+
+def test_sources_are_shown_beside_the_experts_they_went_to(stages):
+    html = report_html(stages, "Production")
+    table = re.search(r"Sources and experts.*?<tbody>(.*?)</tbody>", html, flags=re.DOTALL)
+    assert table
+    rows = re.findall(r'<th scope="row">(\w+)</th>(.*?)</tr>', table[1])
+    assert [name for name, _ in rows] == ["skill"]
+    cells = re.findall(r'<td class="number( own)?"><i[^>]*></i>([\d.]+) % <small>([\d.]+)×</small>', rows[0][1])
+    assert cells == [("", "40.0", "0.80"), (" own", "50.0", "2.00"), ("", "5.0", "0.40"), ("", "5.0", "0.40")]
+
+
 def test_page_stays_small(stages):
     assert len(report_html(stages, "Production")) < 300_000
 

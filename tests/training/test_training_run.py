@@ -7,13 +7,15 @@ import torch
 from conftest import losses
 from torch.nn import functional as F
 
-from ultrathink_model.config import load_config
-from ultrathink_model.data import TrainLoader, ValidationLoader
+from ultrathink_model.config import load_config, override_config
+from ultrathink_model.data import TrainLoader, ValidationLoader, prepare_data
+from ultrathink_model.errors import CheckpointError
 from ultrathink_model.models.hf import load_model
 from ultrathink_model.models.transformer import build_model
 from ultrathink_model.training import loss_scaler
 from ultrathink_model.training.guard import TrainingDivergedError
 from ultrathink_model.training.result import load_result
+from ultrathink_model.training.run import train
 
 
 def test_train_loss_is_the_mean_cross_entropy_of_the_steps_batch(train_tiny, manifest):
@@ -217,6 +219,38 @@ def test_a_run_from_a_model_begins_where_that_model_ended(train_tiny):
     assert rows[0]["step"] == 0
     assert rows[0]["val/loss"] == pytest.approx(first.metrics["val/loss"], abs=1e-5)
     assert rows[0]["val/loss"] > rows[-1]["val/loss"]
+
+
+def test_features_are_added_without_a_change_of_the_first_loss(train_tiny):
+    source, _ = train_tiny("training.max_steps=12", folder="source")
+    first = {}
+    features = {
+        "dense": [],
+        "experts": ["advanced.enable_moe=true"],
+        "depth": ["advanced.enable_dre=true", "advanced.dre_warmup_steps=4"],
+        "both": ["advanced.enable_moe=true", "advanced.enable_dre=true", "advanced.dre_warmup_steps=4"],
+    }
+    for name, overrides in features.items():
+        arguments = ("training.max_steps=1", "training.seed=3", *overrides)
+        _, rows = train_tiny(*arguments, folder=name, init_from=Path(source.final_model))
+        first[name] = rows[0]["val/loss"], losses(rows)[0]
+    for name in features:
+        assert first[name] == pytest.approx(first["dense"], abs=1e-5)
+
+
+def test_a_model_of_another_tokenizer_is_no_start(train_tiny, base_config, tmp_path):
+    first, _ = train_tiny("training.max_steps=1")
+    (tmp_path / "other.txt").write_text("\n\n".join(f"Zebras graze {number} xylophones." for number in range(400)))
+    config = override_config(
+        base_config,
+        [
+            f"data.dataset={tmp_path / 'other.txt'}",
+            "data.validation_every=2",
+            f"output.output_dir={tmp_path / 'second'}",
+        ],
+    )
+    with pytest.raises(CheckpointError, match=r"another tokenizer.*Set data\.tokenizer_name="):
+        train(config, manifest=prepare_data(config), run_name="second", init_from=Path(first.final_model))
 
 
 def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):

@@ -112,6 +112,11 @@ class MoEConfig(Section):
         description="Most tokens an expert takes, in units of its fair share; later ones are dropped. Null drops none.",
     )
     load_balance_weight: float = Field(0.01, ge=0, description="Weight of the load-balance loss over the batch.")
+    router_bias_rate: float = Field(
+        0.0,
+        ge=0,
+        description="Balance without a loss: after each step a bias on an expert's logit, which only the choice sees, rises by this where the expert took less than its fair share and falls where it took more. With 0 there is no bias, and the model stays Qwen3-MoE's.",
+    )
     router_z_loss_weight: float = Field(0.001, ge=0, description="Weight of the router's squared log-partition.")
     router_jitter: float = Field(
         0.0, ge=0, lt=1, description="In training the router's input is scaled by a uniform draw within 1 ± this."

@@ -11,6 +11,7 @@ from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.errors import TokenizerError
 from ultrathink_model.evaluation.baselines import cached_baselines
+from ultrathink_model.evaluation.depths import depth_reading
 from ultrathink_model.evaluation.perplexity import ValidationLoss, validation_loss
 from ultrathink_model.evaluation.result import EvaluationResult
 from ultrathink_model.evaluation.safety import harm_head_metrics
@@ -75,6 +76,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, manifest: DataManifest, c
     return EvaluationResult(
         metrics=metrics,
         samples=generate_samples(model, tokenizer, manifest, config.evaluation, config.training.seed),
+        reading=depth_reading(model, tokenizer, manifest, config.training.seed),
         data_fingerprint=manifest.fingerprint,
         validation_tokens=split.tokens,
         validation_bytes=split.bytes,

@@ -42,12 +42,22 @@ class Sample(BaseModel):
     text: str
 
 
+class ReadPiece(BaseModel):
+    """A piece of held-out text, a token as a rule, and the mean passes of a routed block that it made."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    passes: float
+
+
 class EvaluationResult(SavedRecord):
     """The content of `evaluation.json`.
 
     Attributes:
         metrics: Values by name, `eval/<task>/<metric>`: losses in nats per token, bits per byte of held-out text.
         samples: Texts generated from held-out prompts.
+        reading: A held-out text and how deep each of its tokens went; empty without the reasoning engine.
         data_fingerprint: The prepared data that was evaluated on.
         validation_tokens: Tokens that were predicted.
         validation_bytes: UTF-8 bytes of the text that they stand for.
@@ -55,6 +65,7 @@ class EvaluationResult(SavedRecord):
 
     metrics: dict[str, float]
     samples: list[Sample] = []
+    reading: list[ReadPiece] = []
     data_fingerprint: str
     validation_tokens: int
     validation_bytes: int

@@ -19,7 +19,8 @@ ARCHITECTURE_SECTIONS = ("model", "advanced", "moe", "dre")
 
 def is_own_architecture(config: Config) -> bool:
     """Whether `transformers` has no class for the model, so that its folder must bring the modelling code."""
-    return config.advanced.enable_dre or config.advanced.enable_constitutional
+    has_bias = config.advanced.enable_moe and config.moe.router_bias_rate > 0
+    return config.advanced.enable_dre or config.advanced.enable_constitutional or has_bias
 
 
 def hugging_face_config(config: Config) -> dict[str, Any]:

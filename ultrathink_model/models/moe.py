@@ -42,9 +42,13 @@ class MixtureOfExperts(nn.Module):
     (Fedus et al. 2021, arXiv 2101.03961), because its load f is the whole step's before this one: only p carries a
     gradient there, and a load over one micro-batch would balance the parts in place of the batch (Qiu et al. 2025,
     arXiv 2501.11873) and make the loss depend on how the batch is cut.
+
+    With `moe.router_bias_rate`, the k largest of `router(x) + bias` are taken, at the weights that p gives them; the bias
+    follows the loads by its sign (Wang et al. 2024, arXiv 2408.15664, whose scores are sigmoids).
     """
 
     expert_load: Tensor
+    router_bias: Tensor | None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -62,13 +66,16 @@ class MixtureOfExperts(nn.Module):
         self.apply_experts: ApplyExperts = apply_experts
         # Share of the previous step's copies that each expert took.
         self.register_buffer("expert_load", torch.empty(self.num_experts))
+        self.register_buffer("router_bias", torch.empty(self.num_experts) if moe.router_bias_rate else None)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, spread: float, residual_spread: float) -> None:
-        """Draws the experts; the router is a Linear of its own. Loads start uniform."""
+        """Draws the experts; the router is a Linear of its own. Loads start uniform, biases at zero."""
         self.gate_up.normal_(0.0, spread, generator=generator)
         self.down.normal_(0.0, residual_spread, generator=generator)
         self.expert_load.fill_(1 / self.num_experts)
+        if self.router_bias is not None:
+            self.router_bias.zero_()
 
     def forward(
         self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens
@@ -78,7 +85,11 @@ class MixtureOfExperts(nn.Module):
         logits = self._router_logits(rows)  # (tokens, experts)
         log_partition = logits.logsumexp(dim=1, keepdim=True)
         probabilities = (logits - log_partition).exp()
-        weights, experts = probabilities.topk(self.top_k, dim=1)  # (tokens, top_k)
+        if self.router_bias is None:
+            weights, experts = probabilities.topk(self.top_k, dim=1)  # (tokens, top_k)
+        else:
+            experts = (logits + self.router_bias).topk(self.top_k, dim=1).indices
+            weights = probabilities.gather(1, experts)
         weights = weights / weights.sum(dim=1, keepdim=True)
         valid = None if tokens.valid is None else tokens.valid.flatten()
         if valid is not None:
@@ -179,11 +190,14 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def end_step(self, counts: dict[str, Tensor]) -> None:
-        """Takes the finished step's loads as those that the next step's load-balance loss refers to."""
+        """Takes the finished step's loads as those that the next step's load-balance loss refers to; moves the bias."""
         load = counts.get("moe/load")
-        if load is not None:
-            total = load.sum()
-            self.expert_load.copy_(torch.where(total > 0, load / total, self.expert_load))
+        if load is None:
+            return
+        total = load.sum()
+        self.expert_load.copy_(torch.where(total > 0, load / total, self.expert_load))
+        if self.router_bias is not None:
+            self.router_bias += self.options.router_bias_rate * (load.mean() - load).sign()
 
     @staticmethod
     def statistics(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:

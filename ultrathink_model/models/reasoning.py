@@ -84,20 +84,21 @@ class DepthRouter(nn.Module):
         rotation: Rotation,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
-        """Each token's state after its passes; in training also the tokens by pass and where the choice was cut off."""
+        """Each token's state after its passes, and their number; in training also where the choice was cut off."""
         logits = self.logits(x)
         visit = _Visit(residual, rotation, _FirstPassKeys(cache), row_length=x.shape[1])
         if not self.training:
-            return self._descend(0, visit, x, logits, tokens)
+            state, passes, routing = self._descend(0, visit, x, logits, tokens)
+            return state, routing.merge(Routing(passes=(passes,)))
         # Data-parallel wrappers wait for a gradient of every parameter, so each is on every path, be it with weight 0.
         logits = logits + 0 * self.strengths.sum()
-        state, routing = self._descend(0, visit, x, logits, tokens)
+        state, passes, routing = self._descend(0, visit, x, logits, tokens)
         if not any(self.shares):
             first = tokens.select(torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device))
             change, _ = residual(x[:, :1], first, rotation, None)
             state = state + 0 * (change + logits[:, :1, None])
         routing.counts["dre/tokens"] = _count(tokens, x)
-        return state, routing
+        return state, routing.merge(Routing(passes=(passes,)))
 
     def logits(self, x: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq"]:
         """The router's logit of each token, from its normalised state, in float32 or finer."""
@@ -108,33 +109,38 @@ class DepthRouter(nn.Module):
 
     def _descend(
         self, depth: int, visit: "_Visit", x: Tensor, logits: Tensor, tokens: Tokens
-    ) -> tuple[Tensor, Routing]:
-        """The states after pass `depth` of the tokens that make it, and after whatever passes follow."""
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """The states after pass `depth` of the tokens that make it and whatever passes follow, and how many these are."""
+        none = torch.zeros_like(logits, dtype=torch.uint8)
         if depth == MAX_PASSES:
-            return x, Routing()
+            return x, none, Routing()
         choice = self._choose(depth, visit.row_length, logits, tokens)
         if choice.index is None:
-            state, routing = self._pass(depth, visit, x, logits, tokens)
+            state, passes, routing = self._pass(depth, visit, x, logits, tokens)
         elif choice.index.shape[1] == 0:
-            state, routing = x, Routing()
+            state, passes, routing = x, none, Routing()
         else:
             flat = (choice.index + _row_starts(logits)).flatten()
             chosen = x.flatten(0, 1).index_select(0, flat).view(*choice.index.shape, -1)  # (batch, chosen, hidden)
             visit.keys.select(choice.index, choice.tokens)
-            state, routing = self._pass(depth, visit, chosen, logits.gather(1, choice.index), choice.tokens)
+            state, passes, routing = self._pass(depth, visit, chosen, logits.gather(1, choice.index), choice.tokens)
             if choice.padding is not None:
-                state = chosen.where(choice.padding.unsqueeze(-1), state)
+                state, passes = chosen.where(choice.padding.unsqueeze(-1), state), passes * ~choice.padding
             state = x.flatten(0, 1).index_copy(0, flat, state.flatten(0, 1)).view_as(x)
-        return state, routing.merge(Routing(counts=choice.counts))
+            passes = none.flatten().index_copy(0, flat, passes.flatten()).view_as(none)
+        return state, passes, routing.merge(Routing(counts=choice.counts))
 
-    def _pass(self, depth: int, visit: "_Visit", x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
-        """Pass `depth` of all these tokens, and whatever passes follow."""
+    def _pass(
+        self, depth: int, visit: "_Visit", x: Tensor, logits: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """Pass `depth` of all these tokens and whatever passes follow, and how many these are."""
         change, routing = visit.residual(x, tokens, visit.rotation, visit.keys)
         gate = 2 * logits.sigmoid()
         if depth > 0:
             gate = gate * self.strengths[depth - 1].tanh()
-        state, deeper = self._descend(depth + 1, visit, x + gate.unsqueeze(-1).to(x.dtype) * change, logits, tokens)
-        return state, routing.merge(deeper)
+        after = x + gate.unsqueeze(-1).to(x.dtype) * change
+        state, further, deeper = self._descend(depth + 1, visit, after, logits, tokens)
+        return state, further + 1, routing.merge(deeper)
 
     def _choose(self, depth: int, row_length: int, logits: Tensor, tokens: Tokens) -> "_Choice":
         if self.training:

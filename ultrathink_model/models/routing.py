@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -10,15 +11,17 @@ class Routing:
     """The report of one block on one micro-batch; both parts are sums over tokens, so micro-batches and ranks add.
 
     `losses` are weighted and differentiable, by the name under which they are logged. `counts` are detached, by a
-    name within the block.
+    name within the block. `passes` holds, for each block that is routed in depth, the passes of it that each token
+    made; it is no sum, and reports together hold one after the other's.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
+    passes: tuple[Int[Tensor, "batch seq"], ...] = ()
 
     def merge(self, other: "Routing") -> "Routing":
         """Both reports together; what both name is added."""
-        return Routing(_added(self.losses, other.losses), _added(self.counts, other.counts))
+        return Routing(_added(self.losses, other.losses), _added(self.counts, other.counts), self.passes + other.passes)
 
 
 def _added(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,12 +30,14 @@ class ModelOutput:
         logits: Next-token logits, when no labels are given.
         loss_sum: Cross-entropy in nats over the labels that are not -100.
         aux_losses: Weighted auxiliary losses by name; the objective is `loss_sum` plus all of them.
+        passes: Passes that each token made of each block that is routed in depth, in the order of these blocks.
     """
 
     hidden: Float[Tensor, "batch seq hidden"]
     logits: Float[Tensor, "batch seq vocab"] | None = None
     loss_sum: Float[Tensor, ""] | None = None
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
+    passes: tuple[Int[Tensor, "batch seq"], ...] = ()
 
 
 class Block(nn.Module):
@@ -132,13 +134,14 @@ class Transformer(nn.Module):
         report = Routing()
         for layer, block in enumerate(self.blocks):
             x, routing = self._run_block(block, x, tokens, rotation, None if cache is None else cache[layer])
-            report = report.merge(Routing(routing.losses, {f"{layer}/{name}": n for name, n in routing.counts.items()}))
+            counts = {f"{layer}/{name}": count for name, count in routing.counts.items()}
+            report = report.merge(Routing(routing.losses, counts, routing.passes))
         hidden = self.norm(x)
         if self.training:
-            self._counts = Routing(counts=self._counts).merge(report).counts
+            self._counts = Routing(counts=self._counts).merge(Routing(counts=report.counts)).counts
         if labels is None:
             logits = F.linear(hidden, self.output_weight) if return_logits else None
-            return ModelOutput(hidden, logits, aux_losses=report.losses)
+            return ModelOutput(hidden, logits, aux_losses=report.losses, passes=report.passes)
         training = self.config.training
         loss_sum, z_loss = chunked_cross_entropy(
             hidden,
@@ -153,7 +156,7 @@ class Transformer(nn.Module):
             report.losses["harm"] = self.config.constitutional.harm_loss_weight * self.harm_head.loss_sum(
                 hidden, harm_labels
             )
-        return ModelOutput(hidden, loss_sum=loss_sum, aux_losses=report.losses)
+        return ModelOutput(hidden, loss_sum=loss_sum, aux_losses=report.losses, passes=report.passes)
 
     def _run_block(
         self, block: nn.Module, x: Tensor, tokens: Tokens, rotation: Rotation, cache: LayerCache | None

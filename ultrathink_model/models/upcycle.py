@@ -1,5 +1,6 @@
 """Starting a model from a trained one, with features switched on that the trained one does not have."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,17 @@ class InitReport:
     new: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """One line for the log."""
-        return f"{len(self.taken)} tensors taken as they were, {len(self.split)} made by splitting, {len(self.new)} new"
+        """One line for the log: how many tensors are of each kind, and which parts of the blocks are not just taken."""
+        return (
+            f"{len(self.taken)} tensors taken as they were, {len(self.split)} made by splitting{_parts(self.split)}, "
+            f"{len(self.new)} new{_parts(self.new)}"
+        )
+
+
+def _parts(names: list[str]) -> str:
+    """The names in brackets, each once for all blocks that have it."""
+    parts = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in names)
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 @torch.no_grad()
@@ -164,6 +174,10 @@ def _refuse_what_differs(source: Config, target: Config, folder: Path) -> None:
 def _mixture_differences(source: Config, target: Config) -> list[str]:
     if not target.advanced.enable_moe:
         return ["advanced.enable_moe=False, and a mixture there, which no dense feed-forward can stand in for"]
+    if source.moe.router_bias_rate and not target.moe.router_bias_rate:
+        return [
+            f"moe.router_bias_rate=0.0, {source.moe.router_bias_rate} there, whose experts are chosen by a bias too"
+        ]
     keys = {
         "moe.layer_frequency": lambda config: config.moe.layer_frequency,
         "experts of all groups": lambda config: config.moe.num_experts,

@@ -83,6 +83,8 @@ def _content(stages: list[Stage]) -> dict[str, object]:
         "loss_chart": curves.loss_chart(stages),
         "engine_charts": curves.engine_charts(stages),
         "heat_maps": routing.heat_maps(stages),
+        "source_maps": routing.source_maps(stages),
+        "readings": routing.readings(stages),
         "path_shares": routing.path_shares(stages),
         "routing_charts": routing.routing_charts(stages),
         "alignment_charts": alignment.alignment_charts(stages),

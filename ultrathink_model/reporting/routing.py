@@ -13,10 +13,14 @@ PATHS = ("fast", "standard", "deep", "ultra_deep")
 
 @dataclass(frozen=True)
 class Cell:
-    """One expert in one layer; `heat` is its load in percent of the colour scale, which ends at twice the fair share."""
+    """One expert in one layer, or one piece of text; `heat` is its place on the colour scale in percent.
+
+    The scale of experts ends at twice the fair share, that of texts at three passes.
+    """
 
     heat: float
     title: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,15 @@ class Group:
     experts: int
     share: float
     fair: float
+
+
+@dataclass(frozen=True)
+class SourceCell:
+    """The share of one source group's tokens that one expert group took, in percent, and in units of chance."""
+
+    share: float
+    times_chance: float
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,24 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class SourceMap:
+    """Where the tokens of tagged sources went: a row a source group, a cell an expert group, in the order of `columns`."""
+
+    stage: Stage
+    columns: list[str]
+    rows: list[tuple[str, list[SourceCell]]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A held-out text coloured by depth; `passes` is the mean over all its tokens."""
+
+    stage: Stage
+    pieces: list[Cell]
+    passes: float
+
+
+@dataclass(frozen=True)
 class PathShares:
     """The share of each path in percent, one row a routed layer."""
 
@@ -54,6 +85,27 @@ class PathShares:
 def heat_maps(stages: Sequence[Stage]) -> list[HeatMap]:
     """One heat map for each stage that has experts."""
     return [_heat_map(stage) for stage in stages if stage.routing and stage.routing.load]
+
+
+def source_maps(stages: Sequence[Stage]) -> list[SourceMap]:
+    """One map for each stage whose sources are tagged with expert groups."""
+    return [found for stage in stages if stage.routing and (found := _source_map(stage)).rows]
+
+
+def readings(stages: Sequence[Stage]) -> list[Reading]:
+    """The text of each evaluated stage that reasons at several depths."""
+    return [
+        Reading(
+            stage,
+            [
+                Cell(round(100 * piece.passes / (len(PATHS) - 1), 1), f"{piece.passes:.2g} passes", piece.text)
+                for piece in stage.evaluation.reading
+            ],
+            sum(piece.passes for piece in stage.evaluation.reading) / len(stage.evaluation.reading),
+        )
+        for stage in stages
+        if stage.evaluation and stage.evaluation.reading
+    ]
 
 
 def path_shares(stages: Sequence[Stage]) -> list[PathShares]:
@@ -110,6 +162,21 @@ def _heat_map(stage: Stage) -> HeatMap:
         rows.append(cells)
     groups = [Group(name, size, 100 * totals[name], 100 * size / experts) for name, size in sizes.items()]
     return HeatMap(stage, rows, groups)
+
+
+def _source_map(stage: Stage) -> SourceMap:
+    assert stage.routing is not None
+    groups, total = stage.routing.groups, max(1, sum(stage.routing.groups.values()))
+    rows = []
+    for source, shares in zip(groups, stage.routing.group_share, strict=False):
+        cells = [
+            SourceCell(100 * share, share * total / size, group == source)
+            for (group, size), share in zip(groups.items(), shares, strict=True)
+            if size and share is not None
+        ]
+        if cells:
+            rows.append((source, cells))
+    return SourceMap(stage, [group for group, size in groups.items() if size], rows)
 
 
 def _cell(layer: int, group: str, expert: int, share: float, experts: int) -> Cell:

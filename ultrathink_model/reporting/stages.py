@@ -32,6 +32,8 @@ class RoutingRecord(BaseModel):
     Attributes:
         load: Share of the tokens that each expert took, one row a mixture layer; each row sums to 1.
         groups: Experts of each group, in the order of their ranges.
+        group_share: Share of the tokens of each group's sources (rows) that each group's experts took (columns); rows of
+            groups without a source hold nothing but None.
         paths: Share of tokens on the fast, standard, deep and ultra-deep path, one row a routed layer.
     """
 
@@ -39,6 +41,7 @@ class RoutingRecord(BaseModel):
 
     load: list[list[float]] = Field(default=[], alias="moe/load")
     groups: dict[str, int] = {}
+    group_share: list[list[float | None]] = Field(default=[], alias="moe/group_share")
     paths: list[list[float]] = Field(default=[], alias="dre/paths")
 
 

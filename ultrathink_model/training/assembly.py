@@ -57,7 +57,7 @@ def make_trainer(
     """
     model = build_model(config, "cpu")
     if init_from is not None and point is None:
-        report = initialise_from(model, init_from)
+        report = initialise_from(model, init_from, manifest.tokenizer_folder)
         logger.info("weights of %s: %s", init_from, report.summary())
     if config.training.compile:
         compile_blocks(model, context)

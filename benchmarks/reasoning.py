@@ -1,0 +1,159 @@
+"""What the reasoning engine buys on real text: its loss for three quarters of the dense model's training FLOPs.
+
+    python benchmarks/reasoning.py                    # three seeds; about 25 minutes on one core
+    python benchmarks/reasoning.py --seeds 1 --steps 100 --override dre.compute_budget=0.4
+
+For each seed the dense model is trained on `sotu`, then the same model with the engine, from scratch, for as many steps
+as 75 % of the dense run's FLOPs pay for; each run's schedule ends with it. A shallower dense model that costs as much a
+step as the engine's is the control: it shows what the choice of tokens is worth beyond leaving blocks out. FLOPs are
+those of forward and backward passes by `torch.utils.flop_counter`, attention by its plain formula; the optimizer's are
+not counted. Runs are kept in outputs/benchmarks: a cut benchmark goes on where it was.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from small_runs import folder_of, tiny_config, trained
+from torch.utils.flop_counter import FlopCounterMode
+
+from ultrathink_model.config import Config, override_config
+from ultrathink_model.data import DataManifest, ValidationLoader
+from ultrathink_model.models.generation import generate
+from ultrathink_model.models.hf import load_model
+from ultrathink_model.models.reasoning import DepthRouter
+from ultrathink_model.models.transformer import Transformer, build_model
+
+SHARE_OF_FLOPS = 0.75
+ENGINE = ["advanced.enable_dre=true"]
+
+
+def flops_by_step(config: Config) -> Callable[[int], int]:
+    """A function that counts the FLOPs of a run's n-th step, 0-based."""
+    model = build_model(override_config(config, ["model.use_flash_attention=false"])).train()
+    shape = (config.training.batch_size, config.model.max_seq_length)
+    tokens = torch.randint(config.model.vocab_size, shape)
+    known: dict[tuple[float, ...], int] = {}
+
+    def count(step: int) -> int:
+        model.begin_step(step)
+        shares = tuple(s for module in model.modules() if isinstance(module, DepthRouter) for s in module.shares)
+        if shares not in known:
+            with FlopCounterMode(display=False) as counter:
+                loss = model(tokens, labels=tokens).loss_sum
+                assert loss is not None
+                loss.backward()
+            known[shares] = counter.get_total_flops()
+        return known[shares]
+
+    return count
+
+
+def affordable_steps(config: Config, budget: float) -> int:
+    """The most steps whose FLOPs stay within `budget`."""
+    count, steps = flops_by_step(config), 0
+    while (budget := budget - count(steps)) >= 0:
+        steps += 1
+    return steps
+
+
+@torch.no_grad()
+def agreement(name: str, manifest: DataManifest, sequences: int = 128) -> tuple[float, float]:
+    """How generation's routing compares with training's on held-out text.
+
+    Returns:
+        The share of tokens, over all routed blocks, with the same number of passes, and the ratio of the perplexities.
+    """
+    model = load_model(folder_of(name).final_model)
+    model.begin_step(10**9)
+    same = total = 0.0
+    losses = {True: 0.0, False: 0.0}
+    tokens = 0
+    for batch in ValidationLoader(manifest, model.config, max_sequences=sequences):
+        passes = {}
+        for training in losses:
+            output = model.train(training)(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)
+            losses[training] += float(output.loss_sum)
+            passes[training] = torch.stack(output.passes)
+        same += float((passes[True] == passes[False]).sum())
+        total += passes[True].numel()
+        tokens += batch.num_tokens
+    return same / total, math.exp((losses[False] - losses[True]) / tokens)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def train_step(model: Transformer) -> Callable[[], None]:
+    """Forward and backward of one batch."""
+    config = model.config
+    tokens = torch.randint(config.model.vocab_size, (config.training.batch_size, config.model.max_seq_length))
+
+    def step() -> None:
+        loss = model.train()(tokens, labels=tokens).loss_sum
+        assert loss is not None
+        loss.backward()
+
+    return step
+
+
+def speed_ratios(dense: Transformer, routed: Transformer, rounds: int = 7) -> tuple[float, float]:
+    """Medians of the engine's seconds over the dense model's, alternating: a training step, and 128 tokens written."""
+    routed.begin_step(10**9)
+    prompt = torch.randint(dense.config.model.vocab_size, (8, 64))
+    ratios: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        training = seconds_of(train_step(routed)) / seconds_of(train_step(dense))
+        writing = seconds_of(lambda: generate(routed.eval(), prompt, max_new_tokens=128)) / seconds_of(
+            lambda: generate(dense.eval(), prompt, max_new_tokens=128)
+        )
+        ratios.append((training, writing))
+    return statistics.median(t for t, _ in ratios), statistics.median(w for _, w in ratios)
+
+
+def main() -> None:
+    """Trains what is missing, measures, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=200, help="steps of the dense run")
+    parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
+    parser.add_argument("--tag", default="engine", help="name of these settings in the names of the runs")
+    parser.add_argument("--control", action="store_true", help="train the shallower dense model too")
+    options = parser.parse_args()
+
+    engine = [*ENGINE, *options.override]
+    dense_total = options.steps * flops_by_step(tiny_config("dense"))(0)
+    budget = SHARE_OF_FLOPS * dense_total
+    runs = {options.tag: (engine, affordable_steps(tiny_config(options.tag, *engine), budget))}
+    if options.control:
+        shallow = ["model.num_layers=3"]
+        runs["shallow"] = (shallow, affordable_steps(tiny_config("shallow", *shallow), budget))
+    print(f"dense: {options.steps} steps, {dense_total / 1e12:.3f} TFLOPs")
+    for name, (_, steps) in runs.items():
+        print(f"{name}: {steps} steps for {SHARE_OF_FLOPS:.0%} of these")
+    for seed in options.seeds:
+        base = [f"training.seed={seed}"]
+        dense, manifest = trained(f"dense_{options.steps}_{seed}", *base, f"training.max_steps={options.steps}")
+        print(f"seed {seed}: dense {dense.metrics['val/loss']:.4f}", flush=True)
+        for name, (overrides, steps) in runs.items():
+            folder = f"{name}_{options.steps}_{seed}"
+            result, _ = trained(folder, *base, *overrides, f"training.max_steps={steps}")
+            gain = result.metrics["val/loss"] - dense.metrics["val/loss"]
+            print(f"seed {seed}: {name} {result.metrics['val/loss']:.4f} ({gain:+.4f})", flush=True)
+            if name == options.tag:
+                same, ratio = agreement(folder, manifest)
+                print(f"  passes as in training {same:.2%} of tokens, perplexity {ratio:.4f} of training's", flush=True)
+    models = [load_model(folder_of(f"{name}_{options.steps}_{seed}").final_model) for name in ("dense", options.tag)]
+    training, writing = speed_ratios(models[0], models[1])
+    print(f"seconds over the dense model's: training step {training:.3f}, generation {writing:.3f}")
+
+
+if __name__ == "__main__":
+    main()
