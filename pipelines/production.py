@@ -1,9 +1,10 @@
-"""Workflow 2: a dense baseline, then experts and the reasoning engine on it, then alignment."""
+"""Workflow 2: a dense baseline, then experts and the reasoning engine on it, then alignment, in one stage or two."""
 
 from zenml import pipeline
 from zenml.enums import ExecutionMode
 
 from pipelines.planning import begin
+from steps.constitutional import constitutional
 from steps.evaluate import evaluate
 from steps.export import export
 from steps.prepare_data import prepare_data
@@ -19,6 +20,8 @@ def production_pipeline(
 ) -> None:
     """Prepares data, trains in three stages, evaluates each, exports the last and reports.
 
+    With `advanced.enable_constitutional` or `constitutional.enabled` there is a fourth stage before RLHF.
+
     Args:
         profile: `auto` (also when neither it nor `config` is given), `tiny`, `small`, `medium` or `large`.
         config: A config file in place of a profile's.
@@ -28,11 +31,14 @@ def production_pipeline(
     data = prepare_data(plan["prepare_data"], id="prepare_data")
     baseline = pretrain(plan["baseline"], data, id="baseline")
     advanced = resume(plan["advanced"], data, baseline, id="advanced")
-    aligned = rlhf(plan["rlhf"], data, advanced, id="rlhf")
-    evaluations = [
-        evaluate(plan["evaluate_baseline"], data, baseline, id="evaluate_baseline", after=["rlhf"]),
-        evaluate(plan["evaluate_advanced"], data, advanced, id="evaluate_advanced", after=["evaluate_baseline"]),
-        evaluate(plan["evaluate_rlhf"], data, aligned, id="evaluate_rlhf", after=["evaluate_advanced"]),
-    ]
-    exported = export(plan["export"], aligned, evaluations[-1], id="export")
-    report(plan["report"], [baseline, advanced, aligned], evaluations, exported, id="report")
+    stages = {"baseline": baseline, "advanced": advanced}
+    if "constitutional" in plan.steps:
+        stages["constitutional"] = constitutional(plan["constitutional"], data, advanced, id="constitutional")
+    stages["rlhf"] = rlhf(plan["rlhf"], data, list(stages.values())[-1], id="rlhf")
+    evaluations, before = [], "rlhf"
+    for name, stage in stages.items():
+        step = f"evaluate_{name}"
+        evaluations.append(evaluate(plan[step], data, stage, id=step, after=[before]))
+        before = step
+    exported = export(plan["export"], stages["rlhf"], evaluations[-1], id="export")
+    report(plan["report"], list(stages.values()), evaluations, exported, id="report")

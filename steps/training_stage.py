@@ -16,7 +16,11 @@ RESULT_FILES = ("config.yaml", "final_model")
 
 
 def train_stage(
-    plan: StepPlan, data: DataReference, code: str, initial: StageReference | None = None
+    plan: StepPlan,
+    data: DataReference,
+    code: str,
+    initial: StageReference | None = None,
+    files: tuple[str, ...] = RESULT_FILES,
 ) -> StageReference:
     """Trains the stage of a plan in its run's folder, or goes on with it there.
 
@@ -25,6 +29,7 @@ def train_stage(
         data: What it learns from.
         code: Hash of the code that trains it.
         initial: The stage whose model it starts from; None starts from a seed.
+        files: What makes the result, within the run's folder.
     """
     config = settle_resume(plan.config, code)
     with parent_run(plan, trains=True) as parent:
@@ -42,8 +47,8 @@ def train_stage(
     note_result(folder.path)
     return StageReference(
         uri=str(folder.path.resolve()),
-        files=RESULT_FILES,
-        sha256=hash_files(folder.path, RESULT_FILES),
+        files=files,
+        sha256=hash_files(folder.path, files),
         name=plan.name,
         step=result.steps,
         tokens=result.tokens,

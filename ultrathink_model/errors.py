@@ -42,6 +42,10 @@ class DependencyError(UltrathinkError):
     """An optional package that the requested feature needs and that is not installed."""
 
 
+class CriticError(UltrathinkError):
+    """A critic that cannot be asked, or whose answers cannot be used."""
+
+
 class TrainingStoppedError(UltrathinkError):
     """Training was stopped by a signal after its state had been saved; start again to go on."""
 

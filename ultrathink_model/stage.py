@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ultrathink_model.alignment.align import align
+from ultrathink_model.alignment.constitutional import constitute
 from ultrathink_model.config import Config
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.prepare import prepare_data
@@ -39,7 +40,7 @@ def run_stage(
     place: StagePlace = StagePlace(),  # noqa: B008 - frozen
     evaluate: bool = True,
 ) -> StageResult:
-    """Trains, or aligns under `advanced.enable_rlhf`, and leaves the run's folder complete.
+    """Trains, or aligns under `advanced.enable_rlhf` or `constitutional.enabled`, and leaves the run's folder complete.
 
     Starts the ranks that `distributed` asks for, unless this process is one of them already. The same call made
     again goes on from the newest checkpoint in the folder.
@@ -140,7 +141,7 @@ def _train_on_rank(
     config: Config, manifest: DataManifest, init_from: Path | None, run_name: str, place: StagePlace
 ) -> StageResult:
     """What every rank does."""
-    run = align if config.advanced.enable_rlhf else train
+    run = constitute if config.constitutional.enabled else align if config.advanced.enable_rlhf else train
     return run(config, manifest=manifest, init_from=init_from, run_name=run_name, place=place)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ultrathink_model.config import Config, load_config
+from ultrathink_model.config.constitutional import ConstitutionalConfig
 from ultrathink_model.config.model import DREConfig, MoEConfig
 from ultrathink_model.config.profiles import profile_path, resolve_profile
 from ultrathink_model.config.rlhf import RLHFConfig
@@ -43,8 +44,12 @@ class Workflow(NamedTuple):
     steps: tuple[str, ...]
 
 
-DENSE = ("advanced.enable_moe=false", "advanced.enable_dre=false")
+DENSE = ("advanced.enable_moe=false", "advanced.enable_dre=false", "advanced.enable_constitutional=false")
 ADVANCED = ("advanced.enable_moe=true", "advanced.enable_dre=true")
+PRETRAINS = ("advanced.enable_rlhf=false", "constitutional.enabled=false")
+ONE_PROCESS = ("distributed.enabled=false", "distributed.strategy=null", "distributed.deepspeed_config=null")
+# The stage that only a workflow with Constitutional AI has.
+CONSTITUTIONAL = "constitutional"
 
 WORKFLOWS = {
     "prototype": Workflow(
@@ -53,7 +58,7 @@ WORKFLOWS = {
                 "check",
                 defaults=(*DENSE, "training.max_steps=20", "data.train_samples=1000", "evaluation.eval_samples=32"),
                 fixed=(
-                    "advanced.enable_rlhf=false",
+                    *PRETRAINS,
                     "data.dataset=dummy",
                     "data.dataset_config=null",
                     "data.text_column=null",
@@ -61,30 +66,41 @@ WORKFLOWS = {
                     "data.streaming=false",
                 ),
             ),
-            Stage("pretrain", defaults=("training.num_epochs=1",), fixed=("advanced.enable_rlhf=false",)),
+            Stage("pretrain", defaults=("training.num_epochs=1",), fixed=PRETRAINS),
         ),
         steps=("prepare_dummy", "check", "prepare_data", "pretrain", "evaluate_pretrain", "export", "report"),
     ),
     "production": Workflow(
         stages=(
-            Stage("baseline", defaults=DENSE, fixed=("advanced.enable_rlhf=false",)),
-            Stage("advanced", defaults=ADVANCED, fixed=("advanced.enable_rlhf=false",)),
-            Stage("rlhf", defaults=ADVANCED, fixed=("advanced.enable_rlhf=true", "training.learning_rate=1.0e-5")),
+            Stage("baseline", defaults=DENSE, fixed=PRETRAINS),
+            Stage("advanced", defaults=ADVANCED, fixed=PRETRAINS),
+            Stage(
+                CONSTITUTIONAL,
+                defaults=ADVANCED,
+                fixed=("advanced.enable_rlhf=false", "constitutional.enabled=true", *ONE_PROCESS),
+            ),
+            Stage(
+                "rlhf",
+                defaults=ADVANCED,
+                fixed=("constitutional.enabled=false", "advanced.enable_rlhf=true", "training.learning_rate=1.0e-5"),
+            ),
         ),
         steps=(
             "prepare_data",
             "baseline",
             "advanced",
+            CONSTITUTIONAL,
             "rlhf",
             "evaluate_baseline",
             "evaluate_advanced",
+            f"evaluate_{CONSTITUTIONAL}",
             "evaluate_rlhf",
             "export",
             "report",
         ),
     ),
     "multi_gpu": Workflow(
-        stages=(Stage("pretrain", fixed=("advanced.enable_rlhf=false", "distributed.enabled=true")),),
+        stages=(Stage("pretrain", fixed=(*PRETRAINS, "distributed.enabled=true")),),
         steps=("prepare_data", "pretrain", "evaluate_pretrain", "export", "report"),
     ),
 }
@@ -158,12 +174,14 @@ def plan_workflow(
         path, reason = profile_path(choice.profile), choice.reason
     general, by_stage = _split_overrides(overrides, WORKFLOWS[workflow].stages)
     base = load_config(path, general)
+    stages, names = _needed(workflow, base)
+    if by_stage.get(CONSTITUTIONAL) and CONSTITUTIONAL not in names:
+        raise ConfigError(
+            f"--override {CONSTITUTIONAL}:{by_stage[CONSTITUTIONAL][0]}: the workflow has that stage only with "
+            "advanced.enable_constitutional=true or constitutional.enabled=true; add one of them."
+        )
     folder = Path(base.output.output_dir).resolve() / workflow
-    configs = {
-        stage.name: _stage_config(path, stage, general, by_stage[stage.name], folder)
-        for stage in WORKFLOWS[workflow].stages
-    }
-    names = WORKFLOWS[workflow].steps
+    configs = {stage.name: _stage_config(path, stage, general, by_stage[stage.name], folder) for stage in stages}
     steps = {}
     for number, name in enumerate(names, start=1):
         step_config = configs[stage_of(workflow, name)]
@@ -176,6 +194,15 @@ def plan_workflow(
             config=step_config,
         )
     return WorkflowPlan(workflow=workflow, reason=reason, config=base, folder=folder, steps=steps)
+
+
+def _needed(workflow: str, base: Config) -> tuple[list[Stage], list[str]]:
+    """The stages and steps of a workflow that its config asks for."""
+    found = WORKFLOWS[workflow]
+    if base.constitutional.enabled or base.advanced.enable_constitutional:
+        return list(found.stages), list(found.steps)
+    stages = [stage for stage in found.stages if stage.name != CONSTITUTIONAL]
+    return stages, [name for name in found.steps if name.removeprefix("evaluate_") != CONSTITUTIONAL]
 
 
 def stage_of(workflow: str, step: str) -> str:
@@ -201,7 +228,10 @@ def input_signature(config: Config) -> str:
         names += [source.rpartition(":")[0] or source for source in sources.split(",")]
     elif sources:
         names += [source.dataset for source in sources]
-    single = (config.rlhf.preference_data, config.constitutional.safety_data, config.distributed.deepspeed_config)
+    constitutional = config.constitutional
+    single = [config.rlhf.preference_data, config.distributed.deepspeed_config, constitutional.constitution]
+    single += [constitutional.safety_data, constitutional.red_team_data]
+    single += [constitutional.critic_model] if constitutional.critic == "local" else []
     names += [name for name in single if name]
     digest = hashlib.sha256()
     for path in sorted({file for name in names for file in _local_files(name)}):
@@ -243,6 +273,8 @@ def _stage_config(path: Path, stage: Stage, general: list[str], own: list[str], 
         unused["advanced"] = config.advanced.model_copy(update={"dre_warmup_steps": 0})
     if not config.advanced.enable_rlhf:
         unused["rlhf"] = RLHFConfig()
+    if not (config.advanced.enable_constitutional or config.constitutional.enabled):
+        unused["constitutional"] = ConstitutionalConfig()
     output = config.output.model_copy(update={"output_dir": str(folder / stage.name)})
     return config.model_copy(update={"output": output, **unused})
 

@@ -19,8 +19,9 @@ from ultrathink_model.alignment.policy_run import Players, PolicyRun
 from ultrathink_model.alignment.ppo import PPO, ValueHead
 from ultrathink_model.alignment.reward import RewardModel, load_reward_model, save_reward_model
 from ultrathink_model.alignment.reward_training import RewardTrainer
-from ultrathink_model.alignment.rounds import Stage, improve, measured_line
+from ultrathink_model.alignment.rounds import improve, measured_line
 from ultrathink_model.alignment.samples import held_out_samples
+from ultrathink_model.alignment.stage import Stage, held_out_loss, write_result
 from ultrathink_model.alignment.starting_model import (
     aligned_config,
     check_alignment,
@@ -28,15 +29,12 @@ from ultrathink_model.alignment.starting_model import (
     starting_model,
 )
 from ultrathink_model.config import Config
-from ultrathink_model.data.batch import Batch
-from ultrathink_model.data.loader import ValidationLoader
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.tokenizer import Tokenizer
-from ultrathink_model.distributed.context import RankContext, all_reduce_sum, init_distributed
-from ultrathink_model.evaluation.perplexity import validation_loss
+from ultrathink_model.distributed.context import RankContext, init_distributed
 from ultrathink_model.models.hf import save_model
-from ultrathink_model.models.transformer import ModelOutput, Transformer
-from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
+from ultrathink_model.models.transformer import Transformer
+from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
 from ultrathink_model.training.result import StageResult
 from ultrathink_model.training.resume import ResumePoint, claim_folder, resume_point
@@ -167,37 +165,6 @@ def _reward_progress(stage: Stage) -> Callable[[int, int, float], None]:
     return after_step
 
 
-def _validation_loss(stage: Stage, run: PolicyRun) -> float:
-    """Loss on the whole validation split, as training's last."""
-    context = stage.context
-    loader = ValidationLoader(stage.manifest, stage.config, rank=context.rank, world_size=context.world_size)
-
-    def forward(batch: Batch) -> ModelOutput:
-        return run.learner.forward(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)
-
-    return validation_loss(forward, loader, context.device, all_reduce_sum).loss
-
-
-def _write_result(stage: Stage, run: PolicyRun) -> StageResult:
-    last: dict[str, float] = {}
-    for row in read_metrics(stage.folder.metrics_file):
-        last |= row
-    record = stage.folder.record()
-    result = StageResult(
-        name=stage.run_name,
-        output_dir=str(stage.folder.path.resolve()),
-        final_model=str(stage.folder.final_model.resolve()),
-        steps=run.position.step,
-        tokens=run.position.tokens,
-        metrics={name: value for name, value in last.items() if "/" in name},
-        mlflow_run_id=record.mlflow_run_id if record else None,
-        data_manifest=str(stage.manifest.path),
-    )
-    result.save()
-    stage.folder.set_status("finished")
-    return result
-
-
 def _finish(stage: Stage, run: PolicyRun) -> StageResult:
     """Keeps the last policy under the KL bound, measures it and writes it out."""
     config, context, rlhf = stage.config, stage.context, stage.config.rlhf
@@ -212,7 +179,7 @@ def _finish(stage: Stage, run: PolicyRun) -> StageResult:
         )
         run.return_to_accepted()
         measure = run.accepted_measure
-    loss = _validation_loss(stage, run)
+    loss = held_out_loss(stage, run.learner)
 
     def write() -> StageResult:
         samples = held_out_samples(config, stage.manifest, stage.tokenizer, run.players, run.learner.trunk)
@@ -229,6 +196,6 @@ def _finish(stage: Stage, run: PolicyRun) -> StageResult:
         )
         save_model(run.learner.trunk, stage.manifest.tokenizer_folder, stage.folder.final_model, config)
         logger.info("wrote %s", stage.folder.final_model)
-        return _write_result(stage, run)
+        return write_result(stage, run.position.step, run.position.tokens)
 
     return on_main(context, write)

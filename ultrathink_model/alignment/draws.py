@@ -8,7 +8,9 @@ from torch import Tensor
 from ultrathink_model.data.order import mix, permute
 
 # What a draw is for: each purpose has its own stream.
-SELF_PLAY, REWARD_ORDER, ROLLOUT, PROMPT_ORDER, PAIR_ORDER, MINIBATCHES, HEADS, SAMPLES = range(8)
+SELF_PLAY, REWARD_ORDER, ROLLOUT, PROMPT_ORDER, PAIR_ORDER, MINIBATCHES, HEADS, SAMPLES, CRITIC, TUNING_ORDER = range(
+    10
+)
 
 
 def make_generator(*parts: int) -> torch.Generator:

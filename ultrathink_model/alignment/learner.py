@@ -74,7 +74,9 @@ class Learner:
         every_weight = sum(weight.sum() for weight in self.trunk.parameters() if weight.requires_grad)
         self._strategy.backward((loss + 0 * every_weight) * self._strategy.gradient_scale, is_last)
 
-    def add_language_model_gradient(self, batches: Iterable[Batch], weight: float, step: int) -> int:
+    def add_language_model_gradient(
+        self, batches: Iterable[Batch], weight: float, step: int, is_last: bool = False
+    ) -> tuple[int, float]:
         """Adds `weight` times the gradient of pretraining's objective, which the next step takes along (PPO-ptx).
 
         The trunk is in training mode for it, and so routes and balances as in pretraining; what it counts takes
@@ -84,15 +86,17 @@ class Learner:
             batches: This rank's micro-batches of one step; from `TrainLoader`.
             weight: `rlhf.ptx_weight`.
             step: Optimizer step in pretraining's count, which the reasoning engine's annealing goes by.
+            is_last: Whether a step follows without any other gradient.
 
         Returns:
-            Tokens over all ranks.
+            Tokens over all ranks, and their mean loss in nats.
         """
         batches = list(batches)
         tokens = int(all_reduce_sum(torch.tensor(sum(batch.num_tokens for batch in batches))))
         self.trunk.begin_step(step)
         self._strategy.model.train()
-        for batch in (batch.to(self.context.device) for batch in batches):
+        total = torch.zeros((), device=self.context.device)
+        for number, batch in enumerate((batch.to(self.context.device) for batch in batches), start=1):
             output = self.forward(
                 batch.input_ids,
                 labels=batch.labels,
@@ -102,9 +106,10 @@ class Learner:
             )
             assert output.loss_sum is not None
             objective = sum(output.aux_losses.values(), output.loss_sum)
-            self.backward(objective * (weight / max(1, tokens)), is_last=False)
+            self.backward(objective * (weight / max(1, tokens)), is_last=is_last and number == len(batches))
+            total += output.loss_sum.detach()
         self._strategy.model.eval()
-        return tokens
+        return tokens, float(all_reduce_sum(total)) / max(1, tokens)
 
     def end_routing_step(self) -> None:
         """Lets loads and thresholds follow what training mode has counted."""

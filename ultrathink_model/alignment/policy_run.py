@@ -209,9 +209,10 @@ class PolicyRun:
                 rank, ranks, first = self.context.rank, self.context.world_size, number // rlhf.rlhf_frequency
                 loader = TrainLoader(self._manifest, self.config, rank=rank, world_size=ranks, first_step=first)
                 self._corpus = with_safety_rows(iter(loader), self._manifest, self.config, rank, ranks, first)
-            self.position.tokens += self.learner.add_language_model_gradient(
+            tokens, _ = self.learner.add_language_model_gradient(
                 next(self._corpus), rlhf.ptx_weight, self._first_routing_step + number
             )
+            self.position.tokens += tokens
 
         return add
 

@@ -2,57 +2,17 @@
 
 import contextlib
 import logging
-from dataclasses import dataclass
-from typing import NoReturn
-
-import torch
 
 from ultrathink_model.alignment.policy_run import Measure, PolicyRun
+from ultrathink_model.alignment.stage import Stage
 from ultrathink_model.alignment.update import Update
-from ultrathink_model.config import Config, config_hash
-from ultrathink_model.data.manifest import DataManifest
-from ultrathink_model.data.tokenizer import Tokenizer
-from ultrathink_model.distributed.context import RankContext, all_reduce_sum
-from ultrathink_model.errors import TrainingStoppedError
+from ultrathink_model.config import config_hash
 from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.progress import Progress
-from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.checkpoint import CheckpointManifest, keep_newest, save_checkpoint
 from ultrathink_model.training.run import StagePlace
-from ultrathink_model.training.signals import StopSignals
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What every part of the stage needs."""
-
-    config: Config
-    context: RankContext
-    manifest: DataManifest
-    tokenizer: Tokenizer
-    folder: RunFolder
-    run_name: str
-    signals: StopSignals
-
-    def is_asked_to_stop(self) -> bool:
-        """Whether a signal has reached any rank; every rank calls it together."""
-        return bool(all_reduce_sum(torch.tensor(int(self.signals.received is not None))))
-
-    def stop(self, done: str) -> NoReturn:
-        """Ends the stage.
-
-        Args:
-            done: What has been done and saved.
-
-        Raises:
-            TrainingStoppedError: Always.
-        """
-        raise TrainingStoppedError(
-            f"{self.run_name} was stopped by {self.signals.received or 'a signal to another rank'} {done} in "
-            f"{self.folder.path}; start the same command again to go on."
-        )
 
 
 def improve(stage: Stage, run: PolicyRun, place: StagePlace) -> None:

@@ -33,8 +33,8 @@ def aligned_config(config: Config, init_from: Path | None) -> Config:
     """
     if init_from is None:
         raise ConfigError(
-            "advanced.enable_rlhf=true aligns a trained model, and none is named; add --init-from and the final_model/ "
-            "folder of a finished run"
+            "advanced.enable_rlhf and constitutional.enabled align a trained model, and none is named; add --init-from and "
+            "the final_model/ folder of a finished run"
         )
     source = read_model_config(init_from)
     values: dict[str, Any] = config.model_dump()
@@ -58,20 +58,14 @@ def aligned_config(config: Config, init_from: Path | None) -> Config:
 
 
 def check_alignment(config: Config, manifest: DataManifest, init_from: Path, context: RankContext) -> None:
-    """Refuses what alignment cannot do, before anything is computed.
+    """Refuses what RLHF cannot do, before anything is computed.
 
     Raises:
         ConfigError: The strategy shards weights, the ranks do not divide the batches, or the precision is fp16.
         TokenizerError: The data was prepared with another tokenizer than the model's.
     """
-    name, rlhf, ranks = strategy_name(config), config.rlhf, context.world_size
-    if name not in ("single", "ddp"):
-        raise ConfigError(
-            f"distributed.strategy={name} cuts weights over the ranks, and alignment generates with whole ones; "
-            "set distributed.strategy=ddp"
-        )
-    if config.training.use_amp and config.training.amp_dtype == "fp16":
-        raise ConfigError("training.amp_dtype=fp16 needs a loss scaler, which alignment has not; take bf16")
+    check_model_use(config, manifest, init_from)
+    rlhf, ranks = config.rlhf, context.world_size
     group = rlhf.group_size if rlhf.algorithm == "grpo" else 1
     for key, size, unit in (
         ("ppo_batch_size", rlhf.ppo_batch_size // group, f" in groups of {group}" if group > 1 else ""),
@@ -82,6 +76,18 @@ def check_alignment(config: Config, manifest: DataManifest, init_from: Path, con
                 f"rlhf.{key}={getattr(rlhf, key)}{unit} does not divide over {ranks} ranks: {size} / {ranks} leaves "
                 f"{size % ranks} over; make it a multiple of {ranks * (group if key == 'ppo_batch_size' else 1)}"
             )
+
+
+def check_model_use(config: Config, manifest: DataManifest, init_from: Path) -> None:
+    """Refuses what nothing that generates and learns in turns can do; see `check_alignment`."""
+    name = strategy_name(config)
+    if name not in ("single", "ddp"):
+        raise ConfigError(
+            f"distributed.strategy={name} cuts weights over the ranks, and alignment generates with whole ones; "
+            "set distributed.strategy=ddp"
+        )
+    if config.training.use_amp and config.training.amp_dtype == "fp16":
+        raise ConfigError("training.amp_dtype=fp16 needs a loss scaler, which alignment has not; take bf16")
     if (init_from / RUN_CONFIG_FILE).is_file() and Tokenizer.load(init_from).hash != manifest.tokenizer_hash:
         raise TokenizerError(
             f"--init-from {init_from} was trained with another tokenizer than the data in {manifest.path} has; set "

@@ -110,6 +110,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_stage_at_a_time(self) -> "Config":
+        section = self.constitutional
+        if section.enabled and self.advanced.enable_rlhf:
+            raise ValueError(
+                "constitutional.enabled=true and advanced.enable_rlhf=true are two stages; run one after the other, "
+                "each with --init-from the one before (the production workflow does)"
+            )
+        if section.enabled and 2 * section.response_tokens >= self.model.max_seq_length:
+            raise ValueError(
+                f"constitutional.response_tokens={section.response_tokens} leaves no room for an answer and its critique in "
+                f"model.max_seq_length={self.model.max_seq_length}; keep it under half of that"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_fill_the_batch(self) -> "Config":
         rlhf = self.rlhf
         if rlhf.ppo_batch_size % rlhf.ppo_minibatch_size:

@@ -29,6 +29,10 @@ RUN_FILES = (
     "samples.json",
     "routing.json",
     "result.json",
+    "revisions.jsonl",
+    "choices.jsonl",
+    "preferences.jsonl",
+    "tuning.json",
 )
 
 # These decide how a run is watched or carried out, not what it computes.
@@ -86,6 +90,9 @@ class RunFolder:
         self.evaluation_file = self.path / "evaluation.json"
         self.samples_file = self.path / "samples.json"
         self.routing_file = self.path / "routing.json"
+        self.revisions_file = self.path / "revisions.jsonl"
+        self.choices_file = self.path / "choices.jsonl"
+        self.preferences_file = self.path / "preferences.jsonl"
         self.run_file = self.path / "run.json"
         self._lock = threading.Lock()
 

@@ -86,8 +86,9 @@ def mlflow_run(config: Config, folder: RunFolder, run_name: str, place: StagePla
         run.finish("FAILED", STOPPED_WAIT_SECONDS)
         raise
     else:
-        if folder.routing_file.exists():
-            run.log_artifact(folder.routing_file)
+        for path in (folder.routing_file, folder.revisions_file, folder.choices_file, folder.preferences_file):
+            if path.exists():
+                run.log_artifact(path)
         run.finish()
     finally:
         if run.run_id is not None:
