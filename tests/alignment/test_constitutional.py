@@ -176,7 +176,7 @@ def test_both_orders_cancel_a_critic_that_always_says_a(small, manifest, dense_f
 
 def test_self_critic_chooses_by_the_next_letter(small, manifest, dense_folder):
     tokenizer = Tokenizer.load(manifest.tokenizer_folder)
-    model = load_model(dense_folder)
+    model = load_model(dense_folder).requires_grad_(False)
     text = choice_text("ask", "one", "two", load_constitution(None).principles[0])
     chosen = SelfCritic(small, model, tokenizer).choose([text, "short ("])
     ids = [tokenizer.bos_id, *tokenizer.encode(text)][-small.model.max_seq_length :]
@@ -191,8 +191,9 @@ def test_tuning_predicts_the_answer_alone(manifest):
     for row, answer in enumerate(("yes", "a longer answer")):
         kept = batch.labels[row] >= 0
         assert batch.labels[row][kept].tolist() == [*tokenizer.encode(f" {answer}"), tokenizer.eos_id]
-        # Each label is the input one place on.
-        assert batch.input_ids[row, 1:][kept[:-1]].tolist() == batch.labels[row][:-1][kept[:-1]].tolist()[:]
+        # Each label but the last, after which the text ends, is the input one place on.
+        places = kept.nonzero()[:-1, 0]
+        assert batch.input_ids[row][places + 1].tolist() == batch.labels[row][places].tolist()
     cut = answer_batch([("word " * 40, "answer " * 3)], tokenizer, 24)
     assert cut.input_ids.shape[1] == 24
     assert int((cut.labels >= 0).sum()) == len(tokenizer.encode(" answer answer answer ")) + 1

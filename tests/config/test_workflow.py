@@ -9,7 +9,7 @@ from ultrathink_model.workflow import WORKFLOWS, input_signature, plan_hash, pla
 @pytest.mark.parametrize("workflow", WORKFLOWS)
 @pytest.mark.parametrize("profile", ["tiny", "small", "medium", "large"])
 def test_every_workflow_plans_for_every_profile(workflow, profile):
-    plan = plan_workflow(workflow, profile)
+    plan = plan_workflow(workflow, profile, overrides=["advanced.enable_constitutional=true"])
     assert [step.number for step in plan.steps.values()] == list(range(1, len(plan.steps) + 1))
     for stage in WORKFLOWS[workflow].stages:
         assert plan[stage.name].config.output.output_dir == str(plan.folder / stage.name)
@@ -23,6 +23,22 @@ def test_production_adds_the_features_stage_by_stage():
     ]
     assert switches == [(False, False, False), (True, True, False), (True, True, True)]
     assert plan["rlhf"].config.training.learning_rate == 1e-5
+
+
+def test_the_constitutional_stage_is_there_only_when_it_is_asked_for():
+    assert list(plan_workflow("production", "tiny").steps) == [
+        name for name in WORKFLOWS["production"].steps if "constitutional" not in name
+    ]
+    for override in ("advanced.enable_constitutional=true", "constitutional.enabled=true"):
+        plan = plan_workflow("production", "tiny", overrides=[override, "distributed.enabled=true"])
+        names = list(plan.steps)
+        assert names[names.index("constitutional") - 1 :][:3] == ["advanced", "constitutional", "rlhf"]
+        runs = [plan[name].config.constitutional.enabled for name in ("baseline", "advanced", "constitutional", "rlhf")]
+        assert runs == [False, False, True, False]
+        assert not plan["constitutional"].config.distributed.enabled
+        assert plan["rlhf"].config.distributed.enabled
+    with pytest.raises(ConfigError, match="has that stage only with"):
+        plan_workflow("production", "tiny", overrides=["constitutional:constitutional.revisions=2"])
 
 
 def test_prototype_checks_on_dummy_data_whatever_the_run_trains_on():
@@ -82,7 +98,7 @@ def test_folders_and_globs_count_as_input_files(tmp_path, tiny_config):
     [
         ({"workflow": "prod"}, "take one of prototype, production, multi_gpu"),
         ({"profile": "tiny", "config": "configs/train_tiny.yaml"}, "take one of them"),
-        ({"profile": "tiny", "overrides": ["sft:training.max_steps=1"]}, "its stages are baseline, advanced, rlhf"),
+        ({"profile": "tiny", "overrides": ["sft:training.max_steps=1"]}, "its stages are baseline, advanced, constitutional, rlhf"),
         ({"profile": "tiny", "overrides": ["rlhf:training.max_step=1"]}, r"Did you mean training\.max_steps"),
         ({"config": "nowhere.yaml"}, "No such file"),
     ],
