@@ -98,7 +98,10 @@ def test_folders_and_globs_count_as_input_files(tmp_path, tiny_config):
     [
         ({"workflow": "prod"}, "take one of prototype, production, multi_gpu"),
         ({"profile": "tiny", "config": "configs/train_tiny.yaml"}, "take one of them"),
-        ({"profile": "tiny", "overrides": ["sft:training.max_steps=1"]}, "its stages are baseline, advanced, constitutional, rlhf"),
+        (
+            {"profile": "tiny", "overrides": ["sft:training.max_steps=1"]},
+            "its stages are baseline, advanced, constitutional, rlhf",
+        ),
         ({"profile": "tiny", "overrides": ["rlhf:training.max_step=1"]}, r"Did you mean training\.max_steps"),
         ({"config": "nowhere.yaml"}, "No such file"),
     ],
