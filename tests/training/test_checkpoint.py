@@ -13,12 +13,12 @@ from gloo_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from ultrathink_model.config.training import TrainingConfig
 from ultrathink_model.errors import CheckpointError
 from ultrathink_model.training import checkpoint
 from ultrathink_model.training.checkpoint import (
     CheckpointManifest,
     RunPosition,
-    keep_newest,
     load_tensors,
     newest_valid_checkpoint,
     read_rank_state,
@@ -26,6 +26,7 @@ from ultrathink_model.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from ultrathink_model.training.retention import prune
 
 
 def manifest_at(step: int) -> CheckpointManifest:
@@ -157,7 +158,7 @@ def test_saving_again_at_a_step_replaces_what_stands_there(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    keep_newest(checkpoints(tmp_path), 2)
+    prune(checkpoints(tmp_path), TrainingConfig(keep_checkpoints=2))
     assert sorted(step for step, _ in checkpoints(tmp_path)) == [3, 4]
 
 
@@ -208,7 +209,7 @@ def killed_save(folder: Path, stop_at: int) -> tuple[int, int]:
     fsync = os.fsync
     os.fsync = lambda descriptor: (operate("os.fsync", (folder,)), fsync(descriptor))
     save(folder, 3)
-    keep_newest(checkpoints(folder), 2)
+    prune(checkpoints(folder), TrainingConfig(keep_checkpoints=2))
     folder.with_suffix(".count").write_text(str(operations))
     os._exit(0)
 

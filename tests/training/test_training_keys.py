@@ -33,6 +33,14 @@ CHANGES_THE_LOSSES = {
     "amp_dtype": (("training.use_amp=true", "training.max_bad_steps=99"), "training.amp_dtype=fp16"),
     "z_loss_weight": ((), "training.z_loss_weight=0.1"),
     "seed": ((), "training.seed=43"),
+    "first_seq_length": (
+        ("training.first_seq_length=16", "training.seq_length_steps=4"),
+        "training.first_seq_length=8",
+    ),
+    "seq_length_steps": (
+        ("training.first_seq_length=16", "training.seq_length_steps=4"),
+        "training.seq_length_steps=2",
+    ),
 }
 
 # Keys that must leave the losses as they are, with the test that shows what they do.
@@ -46,6 +54,15 @@ SHOWN_ELSEWHERE = {
     "keep_checkpoints": "the same",
     "max_bad_steps": "test_training_run: test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run",
     "compile": "test_training_run: test_compiled_blocks_give_the_eager_losses",
+    "async_checkpoints": "test_checkpoint_writer",
+    "on_save_failure": "test_save_failures",
+    "keep_best": "test_retention",
+    "best_metric": "test_retention",
+    "keep_every": "test_retention",
+    "ema_decay": "test_averaging",
+    "max_rollbacks": "test_rollback",
+    "spike_deviations": "test_rollback",
+    "gc_steps": "test_garbage",
     "deterministic": "test_deterministic_asks_for_repeatable_kernels_while_it_trains",
     "loss_chunk_size": "tests/models: the chunked loss equals the plain one",
 }

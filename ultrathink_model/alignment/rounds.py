@@ -9,7 +9,8 @@ from ultrathink_model.alignment.update import Update
 from ultrathink_model.config import config_hash
 from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.progress import Progress
-from ultrathink_model.training.checkpoint import CheckpointManifest, keep_newest, save_checkpoint
+from ultrathink_model.training.checkpoint import CheckpointManifest, save_checkpoint
+from ultrathink_model.training.retention import prune
 from ultrathink_model.training.run import StagePlace
 
 logger = logging.getLogger(__name__)
@@ -104,4 +105,4 @@ def save_round(stage: Stage, run: PolicyRun) -> None:
     )
     save_checkpoint(stage.folder.checkpoint(run.position.step), run.tensors(), run.rank_state(), manifest)
     if context.is_main:
-        keep_newest(stage.folder.checkpoints(), config.training.keep_checkpoints)
+        prune(stage.folder.checkpoints(), config.training)

@@ -15,7 +15,13 @@ from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.upcycle import initialise_from
 
 # Keys of the section `model` that are the run's own to choose.
-NOT_ARCHITECTURE = ("max_seq_length", "gradient_checkpointing", "use_flash_attention", "initializer_range")
+NOT_ARCHITECTURE = (
+    "max_seq_length",
+    "gradient_checkpointing",
+    "gradient_checkpointing_mode",
+    "use_flash_attention",
+    "initializer_range",
+)
 FEATURES = {"enable_moe": "moe", "enable_dre": "dre"}
 
 logger = logging.getLogger(__name__)

@@ -50,6 +50,10 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, about a third more time."
     )
+    gradient_checkpointing_mode: Literal["whole", "selective"] = Field(
+        "whole",
+        description="What `gradient_checkpointing` recomputes: `whole` blocks, or all but matrix products and attention (`selective`: more memory, little more time).",
+    )
     use_flash_attention: bool = Field(
         True, description="Let attention take the device's fused kernels; false takes the plain formula."
     )

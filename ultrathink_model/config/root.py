@@ -144,6 +144,29 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _sequences_grow_by_doubling(self) -> "Config":
+        first, steps, full = self.training.first_seq_length, self.training.seq_length_steps, self.model.max_seq_length
+        if (first is None) != (steps == 0):
+            raise ValueError(
+                f"training.first_seq_length={first} and training.seq_length_steps={steps} go together; set both, or "
+                "neither"
+            )
+        if first is not None and (full % first or (full // first).bit_count() != 1 or full == first):
+            fits = [str(full >> halvings) for halvings in (1, 2, 3) if full % (1 << halvings) == 0]
+            raise ValueError(
+                f"training.first_seq_length={first} does not reach model.max_seq_length={full} by doubling; take "
+                f"{', '.join(fits) or 'another max_seq_length'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_in_order(self) -> "Config":
+        steps = self.logging.profile_steps
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"logging.profile_steps={steps} must be [first, last] with 1 <= first <= last")
+        return self
+
+    @model_validator(mode="after")
     def _strategy_has_ranks(self) -> "Config":
         distributed = self.distributed
         if not distributed.enabled and distributed.strategy not in (None, "single"):

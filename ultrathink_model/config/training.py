@@ -67,11 +67,54 @@ class TrainingConfig(Section):
     checkpoint_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between checkpoints; null saves at the ends of epochs and of the run."
     )
+    async_checkpoints: bool = Field(
+        True, description="Write checkpoints beside training, from a copy of the state in host memory."
+    )
+    on_save_failure: Literal["stop", "continue"] = Field(
+        "stop",
+        description="When a checkpoint cannot be written (a full disk): `stop` the run, or warn and `continue` it.",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    keep_best: int = Field(0, ge=0, description="Checkpoints lowest in `best_metric` that are kept beside the newest.")
+    best_metric: Literal["val/loss", "train/loss"] = Field(
+        "val/loss", description="Figure of `keep_best`; checkpoints at steps that did not measure it do not count."
+    )
+    keep_every: int | None = Field(
+        None, ge=1, description="Checkpoints at multiples of this many steps are kept for good; null keeps none so."
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of the moving average of the weights that evaluation and `final_model/` take; null takes the weights.",
+    )
+    first_seq_length: int | None = Field(
+        None,
+        ge=8,
+        description="Sequence length of the first steps, which doubles up to `model.max_seq_length`; null takes that from the start.",
+    )
+    seq_length_steps: int = Field(
+        0, ge=0, description="Optimizer steps over which `first_seq_length` grows to `model.max_seq_length`."
+    )
     max_bad_steps: int = Field(
         10,
         ge=0,
-        description="Steps in a row with a loss or gradient that is not finite that are skipped before the run stops.",
+        description="Bad steps in a row (loss or gradient not finite, or a spike) that are skipped before the run goes back to its last good checkpoint and passes over the batches since.",
+    )
+    max_rollbacks: int = Field(
+        3,
+        ge=0,
+        description="Times that a run goes back to a checkpoint before it stops; without a checkpoint it stops.",
+    )
+    spike_deviations: float | None = Field(
+        None,
+        gt=0,
+        description="A loss this many robust deviations above the median of the last 64 makes a bad step (6 is usual); null looks for none.",
+    )
+    gc_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps between collections of Python's garbage, at the same step on all ranks; null leaves it to Python.",
     )
 
 
@@ -104,6 +147,11 @@ class DistributedConfig(Section):
     timeout_seconds: float = Field(
         600, gt=0, description="Seconds that a collective waits for a lost rank before the run ends."
     )
+    hang_seconds: float | None = Field(
+        40,
+        gt=0,
+        description="Seconds within a step after which a rank that does not move ends the run, with its number and its stack; at least ten times the slowest part of a step so far. Null leaves it to `timeout_seconds`.",
+    )
 
 
 class EvaluationConfig(Section):
@@ -118,6 +166,11 @@ class EvaluationConfig(Section):
     )
     batch_size: int = Field(16, ge=1, description="Sequences per device and evaluation step.")
     num_generations: int = Field(4, ge=0, description="Sample texts generated from held-out prompts.")
+    sample_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps between sample texts while training, in `samples.jsonl`; null writes none on the way.",
+    )
     generation_tokens: int = Field(64, ge=1, description="Most tokens in one sample text.")
     temperature: float = Field(0.8, ge=0, description="Sampling temperature of the sample texts; 0 is greedy.")
     top_p: float = Field(0.95, gt=0, le=1, description="Probability mass that the sample texts are drawn from.")
@@ -133,6 +186,12 @@ class LoggingConfig(Section):
     log_steps: int = Field(10, ge=1, description="Optimizer steps between logged lines.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
     system_metrics: bool = Field(True, description="Log processor, memory and GPU use to MLflow.")
+    profile_steps: list[int] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last step that torch.profiler records on each rank into `profile/`; null profiles none.",
+    )
 
 
 class OutputConfig(Section):

@@ -123,16 +123,22 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        return self.steps_from(self._first_step)
+
+    def steps_from(self, first_step: int) -> Iterator[list[Batch]]:
+        """The steps from any one on, counted from 0."""
         if self._workers == 0:
-            return (self._steps[step] for step in count(self._first_step))
+            return (self._steps[step] for step in count(first_step))
         return iter(
             DataLoader(
                 self._steps,
                 batch_size=None,
-                sampler=_StepsFrom(self._first_step),
+                sampler=_StepsFrom(first_step),
                 num_workers=self._workers,
                 prefetch_factor=PREFETCHED_STEPS,
                 pin_memory=torch.cuda.is_available(),
+                # Without one of its own it would draw the workers' seed from the run's generator.
+                generator=torch.Generator(),
                 worker_init_fn=_leave_interrupts_to_the_trainer,
             )
         )

@@ -23,6 +23,7 @@ TASK_FILE = "task.pickle"
 PATH_FILE = "path.json"
 RESULT_FILE = "result.pickle"
 
+FOLDER_VARIABLE = "ULTRATHINK_RANK_FOLDER"
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -54,6 +55,7 @@ def outcomes(folder: Path) -> dict[int, Outcome]:
 def main() -> None:
     """Runs the task of the folder named on the command line."""
     folder = Path(sys.argv[-1])
+    os.environ[FOLDER_VARIABLE] = str(folder)
     rank = int(os.environ["RANK"])
     die_with_parent()
 
@@ -78,6 +80,20 @@ def main() -> None:
     if rank == 0:
         (folder / RESULT_FILE).write_bytes(pickle.dumps(result))
     _leave(folder, Outcome(rank=rank, kind="done"))
+
+
+def leave_word(error: type[UltrathinkError], message: str) -> bool:
+    """Leaves word of an error for the process that started this rank, before an end that no exception can tell of.
+
+    Returns:
+        Whether there is such a process.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
+        return False
+    outcome = Outcome(rank=int(os.environ["RANK"]), kind="refused", error=_name_of(error), message=message)
+    _leave(Path(folder), outcome)
+    return True
 
 
 def die_with_parent() -> None:

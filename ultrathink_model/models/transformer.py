@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ultrathink_model.config import Config
 from ultrathink_model.models.attention import Attention, FeedForward, LayerCache
@@ -17,6 +16,7 @@ from ultrathink_model.models.loss import chunked_cross_entropy
 from ultrathink_model.models.moe import MixtureOfExperts
 from ultrathink_model.models.norm import RMSNorm
 from ultrathink_model.models.reasoning import DepthRouter
+from ultrathink_model.models.recomputation import run_block
 from ultrathink_model.models.routing import Routing
 from ultrathink_model.models.tokens import Rotation, Tokens
 
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         self, block: nn.Module, x: Tensor, tokens: Tokens, rotation: Rotation, cache: LayerCache | None
     ) -> tuple[Tensor, Routing]:
         if self.config.model.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, tokens, rotation, cache, use_reentrant=False)
+            return run_block(self.config, block, x, tokens, rotation, cache)
         return block(x, tokens, rotation, cache)
 
     def _rotation_table(self, length: int, device: torch.device) -> Rotation:

@@ -27,12 +27,14 @@ RUN_FILES = (
     "report.html",
     "evaluation.json",
     "samples.json",
+    "samples.jsonl",
     "routing.json",
     "result.json",
     "revisions.jsonl",
     "choices.jsonl",
     "preferences.jsonl",
     "tuning.json",
+    "profile",
 )
 
 # These decide how a run is watched or carried out, not what it computes.

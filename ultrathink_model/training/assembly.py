@@ -4,28 +4,34 @@ import functools
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from ultrathink_model.config import Config
-from ultrathink_model.data import DataManifest, TrainLoader
+from ultrathink_model.data import Batch, DataManifest, TrainLoader
 from ultrathink_model.data.safety import with_safety_rows
-from ultrathink_model.distributed.context import RankContext
+from ultrathink_model.distributed.context import RankContext, broadcast_object
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import DependencyError
 from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.upcycle import initialise_from
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.callbacks.evaluation import EvaluationCallback
+from ultrathink_model.training.callbacks.garbage import GarbageCallback
 from ultrathink_model.training.callbacks.gradient_health import GradientHealthCallback
 from ultrathink_model.training.callbacks.metrics import MetricsCallback
+from ultrathink_model.training.callbacks.profiling import ProfilingCallback
+from ultrathink_model.training.callbacks.samples import SamplesCallback
 from ultrathink_model.training.callbacks.saving import SavingCallback, saved_tensors
 from ultrathink_model.training.checkpoint import RunPosition, load_tensors, read_rank_state
 from ultrathink_model.training.length import run_length
 from ultrathink_model.training.optimizer import make_optimizer
-from ultrathink_model.training.resume import ResumePoint
+from ultrathink_model.training.resume import ResumePoint, last_good_checkpoint
 from ultrathink_model.training.rng import restore_generators, seed_generators
 from ultrathink_model.training.signals import StopSignals
+from ultrathink_model.training.throughput import Throughput
 from ultrathink_model.training.trainer import Trainer
+from ultrathink_model.training.watch import RankWatch
 
 logger = logging.getLogger(__name__)
 
@@ -64,24 +70,41 @@ def make_trainer(
     strategy = make_strategy(config, context)
     strategy.prepare(model, functools.partial(make_optimizer, config.training))
     position = point.manifest.position.model_copy() if point else RunPosition()
-    loader = TrainLoader(manifest, config, rank=context.rank, world_size=context.world_size, first_step=position.step)
-    batches = with_safety_rows(
-        iter(loader), manifest, config, context.rank, context.world_size, first_step=position.step
-    )
+    loader = TrainLoader(manifest, config, rank=context.rank, world_size=context.world_size)
+
+    def batches_from(step: int) -> Iterator[list[Batch]]:
+        steps = loader.steps_from(step)
+        return with_safety_rows(steps, manifest, config, context.rank, context.world_size, first_step=step)
+
     seed_generators(config.training.seed, context.rank)
     evaluation = EvaluationCallback(
         config, manifest, context, metrics.extra, at_start=init_from is not None and point is None
     )
+    callbacks = [
+        evaluation,
+        # Each line holds the evaluation of its step, and is on disk before the checkpoint of its step.
+        metrics,
+        GradientHealthCallback(metrics),
+        SavingCallback(config, manifest, context, folder),
+    ]
+    if config.evaluation.sample_steps is not None:
+        callbacks.append(SamplesCallback(config.evaluation.sample_steps, config, manifest, context, folder))
+    if config.training.gc_steps is not None:
+        callbacks.append(GarbageCallback(config.training.gc_steps))
+    if config.logging.profile_steps is not None:
+        callbacks.append(ProfilingCallback(config.logging.profile_steps, folder.path / "profile", context))
     trainer = Trainer(
         config,
         strategy,
-        batches,
+        batches_from,
         run_length(config, manifest, loader, context.world_size),
         position,
         signals,
-        # Each line holds the evaluation of its step, and is on disk before the checkpoint of its step.
-        [evaluation, metrics, GradientHealthCallback(metrics), SavingCallback(config, manifest, context, folder)],
+        callbacks,
+        functools.partial(go_back, folder),
+        RankWatch(config, context, folder),
     )
+    trainer.throughput = Throughput.of(config, context)
     if point is not None:
         restore(trainer, point)
     return trainer
@@ -96,16 +119,35 @@ def restore(trainer: Trainer, point: ResumePoint) -> None:
     context = trainer.strategy.context
     tensors = saved_tensors(trainer)
     saved = point.manifest.config["training"]
-    if not (saved["use_amp"] and saved["amp_dtype"] == "fp16"):
-        tensors.pop("scaler", None)
-    load_tensors(point.folder, tensors)
+    has_part = {
+        "scaler": saved["use_amp"] and saved["amp_dtype"] == "fp16",
+        "average": saved.get("ema_decay") is not None,
+        "spikes": saved.get("spike_deviations") is not None,
+    }
+    load_tensors(point.folder, {name: part for name, part in tensors.items() if has_part.get(name, True)})
     trainer.strategy.load_state_dict({name: tensors[name] for name in ("model", "optimizer")})
+    if trainer.average is not None and not has_part["average"]:
+        trainer.average.begin()
     rank_state = read_rank_state(point.folder, context.rank)
     if rank_state is None:
         logger.info("%s has no generators of rank %d, which draws anew", point.folder, context.rank)
     else:
         restore_generators(rank_state, context.device)
     logger.info("goes on after step %d of %s", trainer.position.step, point.folder)
+
+
+def go_back(folder: RunFolder, trainer: Trainer) -> RunPosition | None:
+    """Brings a run that goes astray back to its last good checkpoint; every rank calls it.
+
+    Returns:
+        The position of the checkpoint; None where there is none.
+    """
+    is_main = trainer.strategy.context.is_main
+    point: ResumePoint | None = broadcast_object(last_good_checkpoint(folder) if is_main else None)
+    if point is None:
+        return None
+    restore(trainer, point)
+    return point.manifest.position.model_copy()
 
 
 def compile_blocks(model: Transformer, context: RankContext) -> None:

@@ -54,8 +54,10 @@ class RunPosition(BaseModel):
         step: Optimizer steps finished, those that were skipped as bad among them.
         tokens: Tokens trained on, over all ranks.
         seconds: Seconds of training, over all starts.
-        bad_steps: Steps that were skipped because a loss or gradient was not finite.
+        bad_steps: Steps that were skipped because a loss or gradient was not finite, or a spike.
         bad_steps_in_row: Those of them since the last good step.
+        rollbacks: Times that the run went back to a checkpoint after too many of them in a row.
+        batches_passed_over: Steps' worth of data that were left out at rollbacks.
     """
 
     step: int = 0
@@ -63,6 +65,13 @@ class RunPosition(BaseModel):
     seconds: float = 0.0
     bad_steps: int = 0
     bad_steps_in_row: int = 0
+    rollbacks: int = 0
+    batches_passed_over: int = 0
+
+    @property
+    def data_step(self) -> int:
+        """The step of the data that comes next: ahead of `step` after a rollback."""
+        return self.step + self.batches_passed_over
 
 
 class CheckpointManifest(BaseModel):
@@ -78,6 +87,7 @@ class CheckpointManifest(BaseModel):
     strategy: str
     world_size: int
     global_batch: int
+    metrics: dict[str, float] = {}
     files: dict[str, FileRecord] = {}
     digest: str = ""
 
@@ -88,7 +98,11 @@ class CheckpointManifest(BaseModel):
 
 
 def save_checkpoint(
-    destination: Path, tensors: dict[str, Any], rank_state: dict[str, Any], manifest: CheckpointManifest
+    destination: Path,
+    tensors: dict[str, Any],
+    rank_state: dict[str, Any],
+    manifest: CheckpointManifest,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Writes a checkpoint, on every rank together; it is on disk, whole, when this returns.
 
@@ -99,6 +113,7 @@ def save_checkpoint(
         tensors: Nested tensors and DTensors by name, alike in their names on every rank.
         rank_state: What only this rank has, as JSON can hold it.
         manifest: Everything but `files`.
+        group: Gloo group of all ranks that nobody else uses meanwhile; None takes the default one.
 
     Raises:
         CheckpointError: The disk is full, or refuses to be written.
@@ -106,15 +121,15 @@ def save_checkpoint(
     rank = dist.get_rank() if dist.is_initialized() else 0
     temporary = destination.with_name(f".{destination.name}.tmp")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _require_space(destination, tensors)
+    _require_space(destination, tensors, group)
     try:
-        _together(destination, lambda: _make_empty(temporary) if rank == 0 else None)
-        _write_tensors(destination, temporary, tensors)
-        parts = _together(destination, lambda: _finish_own_files(temporary, rank, rank_state))
+        _together(destination, group, lambda: _make_empty(temporary) if rank == 0 else None)
+        _write_tensors(destination, temporary, tensors, group)
+        parts = _together(destination, group, lambda: _finish_own_files(temporary, rank, rank_state))
         complete = manifest.model_copy(
             update={"files": {name: record for part in parts for name, record in part.items()}}
         )
-        _together(destination, lambda: _publish(temporary, destination, complete) if rank == 0 else None)
+        _together(destination, group, lambda: _publish(temporary, destination, complete) if rank == 0 else None)
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -188,11 +203,6 @@ def newest_valid_checkpoint(checkpoints: Iterable[tuple[int, Path]]) -> tuple[Pa
     return None
 
 
-def keep_newest(checkpoints: Iterable[tuple[int, Path]], count: int) -> None:
-    """Deletes all but the last `count` checkpoints; rank 0 alone calls it."""
-    drop_checkpoints(sorted(checkpoints)[:-count])
-
-
 def drop_checkpoints(checkpoints: Iterable[tuple[int, Path]]) -> None:
     """Deletes checkpoints; rank 0 alone calls it."""
     for _, folder in checkpoints:
@@ -227,18 +237,20 @@ def _publish(temporary: Path, destination: Path, manifest: CheckpointManifest) -
     _sync(destination.parent)
 
 
-def _write_tensors(destination: Path, temporary: Path, tensors: dict[str, Any]) -> None:
+def _write_tensors(
+    destination: Path, temporary: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None
+) -> None:
     writer = HuggingFaceStorageWriter(
         str(temporary), fqn_to_index_mapping=_file_of_each(tensors), save_distributed=True
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-        except CheckpointException as error:
-            if all(isinstance(cause, OSError) for cause, _ in error.failures.values()):
-                raise _cannot_write(destination, _failures(error)) from None
-            raise
+    # Not undone: this may be a thread of its own, and the list of filters is the whole process's.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        if all(isinstance(cause, OSError) for cause, _ in error.failures.values()):
+            raise _cannot_write(destination, _failures(error)) from None
+        raise
 
 
 def _file_of_each(tensors: dict[str, Any]) -> dict[str, int]:
@@ -271,12 +283,12 @@ def _local_bytes(tensor: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def _require_space(destination: Path, tensors: dict[str, Any]) -> None:
+def _require_space(destination: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     flat = _flat(tensors)
     sharded = sum(_local_bytes(tensor) for _, tensor in flat if isinstance(tensor, DTensor))
     whole = sum(_local_bytes(tensor) for _, tensor in flat if not isinstance(tensor, DTensor))
-    needed = sum(_gather(sharded)) + whole + SPARE_BYTES
-    free = min(_gather(shutil.disk_usage(destination.parent).free))
+    needed = sum(_gather(sharded, group)) + whole + SPARE_BYTES
+    free = min(_gather(shutil.disk_usage(destination.parent).free, group))
     if free < needed:
         raise CheckpointError(
             f"{destination} needs {needed / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; make room, lower "
@@ -284,7 +296,7 @@ def _require_space(destination: Path, tensors: dict[str, Any]) -> None:
         )
 
 
-def _together(destination: Path, work: Callable[[], Any]) -> list[Any]:
+def _together(destination: Path, group: dist.ProcessGroup | None, work: Callable[[], Any]) -> list[Any]:
     """Does this rank's work, waits for all, and fails on every rank where the disk fails one of them.
 
     Returns:
@@ -295,7 +307,7 @@ def _together(destination: Path, work: Callable[[], Any]) -> list[Any]:
         result = work()
     except OSError as error:
         failure = str(error)
-    outcomes = _gather((result, failure))
+    outcomes = _gather((result, failure), group)
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
     if failures:
         raise _cannot_write(destination, "; ".join(failures))
@@ -313,12 +325,12 @@ def _failures(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """The value of each rank, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

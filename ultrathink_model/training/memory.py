@@ -56,6 +56,8 @@ def memory_remedies(config: Config) -> list[str]:
         more = f"training.gradient_accumulation_steps={2 * training.gradient_accumulation_steps}"
         keep = "" if training.global_batch_size else f" {more}"
         remedies.append(f"training.batch_size={half}{keep} (the same step in smaller parts)")
+    if model.gradient_checkpointing and model.gradient_checkpointing_mode == "selective":
+        remedies.append("model.gradient_checkpointing_mode=whole (products are recomputed too)")
     if not model.gradient_checkpointing:
         remedies.append("model.gradient_checkpointing=true (a third more time)")
     if strategy_name(config) == "ddp":

@@ -23,7 +23,13 @@ from ultrathink_model.training.checkpoint import (
 from ultrathink_model.training.result import RESULT_FILE, StageResult, load_result
 
 # Keys of the section `model` that change neither the weights' shapes nor the function.
-NOT_ARCHITECTURE = {"gradient_checkpointing", "use_flash_attention", "initializer_range", "max_seq_length"}
+NOT_ARCHITECTURE = {
+    "gradient_checkpointing",
+    "gradient_checkpointing_mode",
+    "use_flash_attention",
+    "initializer_range",
+    "max_seq_length",
+}
 MOE_ARCHITECTURE = {
     "num_knowledge_experts",
     "num_skill_experts",
@@ -113,6 +119,15 @@ def resume_point(
         require_fit(point, config, manifest, global_batch)
     log_changes(point, config)
     return point
+
+
+def last_good_checkpoint(folder: RunFolder) -> ResumePoint | None:
+    """The newest whole checkpoint that was not taken among bad steps; rank 0 alone calls it."""
+    for candidate in sorted(folder.checkpoints(), reverse=True):
+        found = newest_valid_checkpoint([candidate])
+        if found is not None and found[1].position.bad_steps_in_row == 0:
+            return ResumePoint(*found)
+    return None
 
 
 def run_identity(config: Config, manifest: DataManifest, run_name: str, init_from: Path | None) -> RunIdentity:

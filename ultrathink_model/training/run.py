@@ -113,7 +113,8 @@ def _watched(
 
 def _write_model(trainer: Trainer, manifest: DataManifest, folder: RunFolder) -> None:
     """Writes `final_model/` and `routing.json`; every rank helps to gather the weights."""
-    state: dict[str, Tensor] = trainer.strategy.full_model_state()
+    with trainer.averaged_weights():
+        state: dict[str, Tensor] = trainer.strategy.full_model_state()
     statistics = trainer.model.routing_statistics()
 
     def write() -> None:

@@ -1,8 +1,9 @@
 """The training loop."""
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,17 +16,27 @@ from ultrathink_model.data import Batch
 from ultrathink_model.distributed.context import all_reduce_sum
 from ultrathink_model.distributed.interface import Strategy
 from ultrathink_model.models.transformer import ModelOutput, Transformer
+from ultrathink_model.training.averaging import WeightAverage
 from ultrathink_model.training.callbacks.callback import Callback
 from ultrathink_model.training.checkpoint import RunPosition
-from ultrathink_model.training.guard import StepGuard
+from ultrathink_model.training.curriculum import cut_rows, sequence_length
+from ultrathink_model.training.guard import StepGuard, TrainingDivergedError
 from ultrathink_model.training.length import RunLength
 from ultrathink_model.training.loss_scaler import LossScaler
 from ultrathink_model.training.schedule import learning_rate_factor, set_learning_rate
 from ultrathink_model.training.signals import StopSignals
+from ultrathink_model.training.spikes import SpikeDetector
+from ultrathink_model.training.throughput import Throughput
+from ultrathink_model.training.watch import RankWatch
+
+logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Ending = Literal["finished", "stopped"]
+
+# The steps of one rank, from a step of the data on.
+BatchesFrom = Callable[[int], Iterator[list[Batch]]]
 
 
 @dataclass
@@ -53,19 +64,37 @@ class Trainer:
     Attributes:
         position: How far the run is; checkpoints hold it.
         record: What the last step measured; None before the first.
+        measured: The figures that were logged at this step; empty at most steps.
         callbacks: Called after each step, in this order.
+        average: The mean of the weights, where `training.ema_decay` asks for it.
+        throughput: What the device could do at its best; None where nobody asked.
     """
 
     def __init__(
         self,
         config: Config,
         strategy: Strategy,
-        batches: Iterator[list[Batch]],
+        batches: BatchesFrom,
         length: RunLength,
         position: RunPosition,
         signals: StopSignals,
         callbacks: Sequence[Callback],
+        go_back: "Callable[[Trainer], RunPosition | None]",
+        watch: RankWatch,
     ) -> None:
+        """Prepares the trainer.
+
+        Args:
+            config: The run.
+            strategy: Prepared, at the position.
+            batches: Where the steps come from.
+            length: Bounds of the run.
+            position: How far the run is.
+            signals: What may stop it.
+            callbacks: Called in this order.
+            go_back: Restores the last good checkpoint and returns its position; None where there is none.
+            watch: Told of each part of a step.
+        """
         assert isinstance(strategy.unwrapped, Transformer)
         self.config, self.strategy, self.length, self.position = config, strategy, length, position
         self.model: Transformer = strategy.unwrapped
@@ -73,53 +102,121 @@ class Trainer:
         self.record: StepRecord | None = None
         needs_scale = config.training.use_amp and config.training.amp_dtype == "fp16"
         self.scaler = LossScaler(next(self.model.parameters()).device) if needs_scale else None
-        self._batches, self._signals = batches, signals
+        training = config.training
+        self.average = WeightAverage(strategy, training.ema_decay) if training.ema_decay is not None else None
+        self.spikes = SpikeDetector(training.spike_deviations, self.device) if training.spike_deviations else None
+        self.throughput: Throughput | None = None
+        self.measured: dict[str, float] = {}
+        self._batches_from, self._signals = batches, signals
+        self._go_back, self._watch = go_back, watch
         self._paused = 0.0
 
     def fit(self) -> Ending:
         """Trains; `stopped` when a signal ended it before its bounds."""
-        self._guard = StepGuard(self.strategy, self.scaler, self.config.training.max_bad_steps, self.position)
+        try:
+            self._begin()
+            ending = self._steps()
+            for callback in self.callbacks:
+                callback.on_finish(self) if ending == "finished" else callback.on_stop(self)
+        finally:
+            self._watch.close()
+            for callback in self.callbacks:
+                callback.on_end()
+        return "stopped" if self.is_signalled() else ending
+
+    def _begin(self) -> None:
         self._started = time.perf_counter() - self.position.seconds
+        self._set_out()
         self.strategy.model.train()
         for callback in self.callbacks:
             callback.on_train_begin(self)
-        ending: Ending = "finished"
+
+    def _set_out(self) -> None:
+        """Takes the loop's own parts to the position."""
+        self._batches = self._batches_from(self.position.data_step)
+        limit = self.config.training.max_bad_steps
+        self._guard = StepGuard(self.strategy, self.scaler, limit, self.position, self.spikes)
+
+    def _steps(self) -> Ending:
         while not self.is_last_step:
+            self._watch.note("the data")
             micro_batches = next(self._batches)
             tokens, is_signalled, is_late = self._agree(micro_batches)
             if is_signalled or is_late:
-                ending = "stopped" if is_signalled else "finished"
-                break
-            self._train_step(micro_batches, tokens)
-            for callback in self.callbacks:
-                callback.on_step_end(self)
+                return "stopped" if is_signalled else "finished"
+            try:
+                self._train_step(micro_batches, tokens)
+                self._watch.rest()
+                for callback in self.callbacks:
+                    callback.on_step_end(self)
+                if self.is_last_step:
+                    self.read_position()
+            except TrainingDivergedError as error:
+                self._roll_back(error)
+        return "finished"
+
+    def _roll_back(self, error: TrainingDivergedError) -> None:
+        """Goes back to the last good checkpoint, and on with the batches after those that led here from it.
+
+        The good ones among them are passed over too: with them the run would come here again just as it was.
+        """
+        self._watch.rest()
+        came_from = self.position
+        if came_from.rollbacks >= self.config.training.max_rollbacks:
+            raise error
         for callback in self.callbacks:
-            callback.on_finish(self) if ending == "finished" else callback.on_stop(self)
-        return "stopped" if self.is_signalled() else ending
+            callback.before_rollback(self)
+        position = self._go_back(self)
+        if position is None:
+            raise error
+        passed_over = came_from.data_step - position.data_step
+        position.rollbacks = came_from.rollbacks + 1
+        position.batches_passed_over = came_from.data_step - position.step
+        # Bad steps stay counted, those of a lost stretch too.
+        position.bad_steps, position.bad_steps_in_row = came_from.bad_steps, 0
+        self.position = position
+        self._set_out()
+        for callback in self.callbacks:
+            callback.on_rollback(self)
+        logger.warning(
+            "%s. Back to step %d, and on with the batches after the %d steps since then (rollback %d of %d)",
+            error,
+            position.step,
+            passed_over,
+            position.rollbacks,
+            self.config.training.max_rollbacks,
+        )
 
     def _train_step(self, micro_batches: list[Batch], tokens: int) -> None:
         step, training = self.position.step, self.config.training
         factor = learning_rate_factor(training, step + 1, self.length.planned_steps)
         set_learning_rate(self.strategy.optimizer, factor)
         self.model.begin_step(step)
+        length = sequence_length(self.config, step)
         record = StepRecord(tokens, factor * training.learning_rate, torch.zeros((), device=self.device).double())
         for number, batch in enumerate(micro_batches, start=1):
-            output = self.forward(batch)
+            output = self.forward(cut_rows(batch, length))
             assert output.loss_sum is not None
+            self._watch.note("a backward pass")
             loss = sum(output.aux_losses.values(), output.loss_sum) * (self.strategy.gradient_scale / max(1, tokens))
             self.strategy.backward(self.scaler.scale(loss) if self.scaler else loss, number == len(micro_batches))
             record.loss_sum += output.loss_sum.detach()
             for name, value in output.aux_losses.items():
                 record.aux_sums[name] = record.aux_sums.get(name, 0) + value.detach()
+        self._watch.note("the optimizer")
         if self.scaler:
             self.scaler.unscale(self.model)
         record.gradient_norm = self.strategy.gradient_norm_and_clip(training.gradient_clipping)
         self.position.step, self.position.tokens = step + 1, self.position.tokens + tokens
-        self._guard.step(record.gradient_norm)
         self.record = record
+        loss = record.loss_sum if self.spikes is None else all_reduce_sum(record.loss_sum.clone())
+        bad = self._guard.step(record.gradient_norm, loss / max(1, tokens))
+        if self.average is not None:
+            self.average.update(step + 1, bad)
 
     def forward(self, batch: Batch) -> ModelOutput:
         """The model on a batch with its labels, in the run's precision."""
+        self._watch.note("a forward pass")
         on_device = (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device, non_blocking=True)
         training = self.config.training
         with torch.autocast(self.device.type, AMP_DTYPES[training.amp_dtype], enabled=training.use_amp):
@@ -131,6 +228,10 @@ class Trainer:
                 harm_labels=on_device.harm_labels,
             )
         return output
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Has the model hold the average of its weights while it is open, where the config asks for one."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +264,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         yield
+        self._watch.rest()
         self._paused += time.perf_counter() - began
 
     def is_signalled(self) -> bool:
@@ -174,6 +276,7 @@ class Trainer:
         seconds = time.perf_counter() - self._started
         is_late = self.length.max_seconds is not None and seconds >= self.length.max_seconds
         tokens = sum(batch.num_tokens for batch in micro_batches)
+        self._watch.note("the other ranks")
         # In host memory: no rank waits for its device to hear of the others.
         votes = all_reduce_sum(torch.tensor([tokens, self._signals.received is not None, is_late])).tolist()
         return votes[0], votes[1] > 0, votes[2] > 0

@@ -22,3 +22,12 @@ class Callback:
 
     def on_stop(self, trainer: Trainer) -> None:
         """After the step at which a signal stopped the run, which a later start will go on from."""
+
+    def before_rollback(self, trainer: Trainer) -> None:
+        """Before the run goes back to its last good checkpoint; what reads or writes checkpoints must come to rest."""
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """After the run went back: what came after the trainer's position never was."""
+
+    def on_end(self) -> None:
+        """When training is over in whatever way, an error too: what the callback changed in the process is undone."""

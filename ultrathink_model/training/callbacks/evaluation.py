@@ -71,7 +71,7 @@ class EvaluationCallback(Callback):
             world_size=context.world_size,
             max_sequences=max_sequences,
         )
-        with trainer.pause():
+        with trainer.pause(), trainer.averaged_weights():
             trainer.strategy.model.eval()
             result = validation_loss(trainer.forward, _until_signal(loader, trainer), context.device, all_reduce_sum)
             trainer.strategy.model.train()

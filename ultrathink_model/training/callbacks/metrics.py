@@ -72,6 +72,13 @@ class MetricsCallback(Callback):
         """Writes what the last step measured, so that no figure is lost with the process."""
         self._write(trainer)
 
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Drops the lines of the steps that are made anew."""
+        self.extra.clear()
+        if self.writer:
+            self.writer.truncate_after(trainer.position.step)
+        self._note_line(trainer)
+
     def _measure(self, trainer: Trainer) -> None:
         record = trainer.record
         assert record is not None
@@ -93,6 +100,10 @@ class MetricsCallback(Callback):
             "train/step_seconds": seconds / steps,
             "train/bad_steps": position.bad_steps,
         }
+        if position.rollbacks:
+            self.extra["train/rollbacks"] = position.rollbacks
+        if trainer.throughput is not None:
+            self.extra["train/mfu"] = trainer.throughput.utilisation(self.extra["train/tokens_per_second"])
         self.extra |= routing_metrics(trainer.model.routing_statistics())
         self.last = dict(self.extra)
         self._note_line(trainer)
@@ -102,6 +113,7 @@ class MetricsCallback(Callback):
         self._logged_clock = trainer.training_clock
 
     def _write(self, trainer: Trainer) -> None:
+        trainer.measured = dict(self.extra)
         if self.extra and self.writer:
             self.writer.write(trainer.position.step, {"tokens": trainer.position.tokens, **self.extra})
         self.extra.clear()

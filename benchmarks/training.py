@@ -1,0 +1,230 @@
+"""Whole training runs beside other ways to train, as ratios within one run of this file.
+
+    python benchmarks/training.py engine       what our loop costs over the bare model step
+    python benchmarks/training.py ranks        two gloo ranks with a thread each, beside one process with two
+    python benchmarks/training.py checkpoints  what a save costs, and how long training waits for it
+    python benchmarks/training.py peers        transformers.Trainer and a plain loop, from the command line
+
+Without a word: all of them. `--size 7M|50M` picks the decoder; `--steps` the steps of each run.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ultrathink_model.config import Config, make_config
+from ultrathink_model.config.load import save_config
+from ultrathink_model.data import DataManifest, TrainLoader, prepare_data
+from ultrathink_model.distributed.context import RankContext
+from ultrathink_model.models.transformer import build_model
+from ultrathink_model.tracking.metrics import read_metrics
+from ultrathink_model.training.optimizer import make_optimizer
+from ultrathink_model.training.run import train
+from ultrathink_model.training.throughput import Throughput
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = Path(__file__).resolve().parent / "peers"
+SIZES = {
+    "7M": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "intermediate_size": 704, "vocab_size": 8192},
+    "50M": {"hidden_size": 576, "num_layers": 12, "num_heads": 9, "intermediate_size": 1536, "vocab_size": 8192},
+}
+SEQUENCES, SEQUENCE_LENGTH = 8, 256
+EVAL_SEQUENCES = 16
+# The first steps choose kernels and fill caches.
+WARM_STEPS = 3
+ROUNDS = 3
+
+
+def make_run(arguments: argparse.Namespace, folder: Path, **training: Any) -> Config:
+    """The config of a run on the built-in corpus."""
+    return make_config(
+        {
+            "model": {**SIZES[arguments.size], "max_seq_length": SEQUENCE_LENGTH},
+            "training": {
+                "batch_size": SEQUENCES,
+                "max_steps": arguments.steps,
+                "num_epochs": 99,
+                "optimizer": "adamw",
+                **training,
+            },
+            "data": {"dataset": "sotu", "tokenizer_name": "train", "cache_dir": str(arguments.folder / "data")},
+            "evaluation": {"eval_samples": EVAL_SEQUENCES, "eval_frequency": 99},
+            "logging": {"use_mlflow": False, "log_steps": 1, "log_level": "INFO"},
+            "output": {"output_dir": str(folder)},
+        }
+    )
+
+
+def step_seconds(folder: Path) -> list[float]:
+    """Seconds of each step of a run after the first ones."""
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train/step_seconds" in row]
+    return [row["train/step_seconds"] for row in rows[WARM_STEPS:]]
+
+
+def bare_step_seconds(config: Config, manifest: DataManifest) -> list[float]:
+    """Seconds of each step of nothing but forward, backward, clipping and the optimizer."""
+    model = build_model(config).train()
+    optimizer = make_optimizer(config.training, model)
+    steps = iter(TrainLoader(manifest, config))
+    batches = [next(steps)[0] for _ in range(config.training.max_steps or 1)]
+    seconds = []
+    for batch in batches:
+        began = time.perf_counter()
+        output = model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)
+        (output.loss_sum / batch.num_tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    return seconds[WARM_STEPS:]
+
+
+def engine(arguments: argparse.Namespace) -> None:
+    """Our loop over the bare step, in turns, so that both meet the same machine."""
+    bare, ours = [], []
+    for number in range(ROUNDS):
+        config = make_run(arguments, arguments.folder / f"engine{number}")
+        manifest = prepare_data(config)
+        bare += bare_step_seconds(config, manifest)
+        train(config, manifest=manifest, run_name="engine")
+        ours += step_seconds(Path(config.output.output_dir))
+    ratio = statistics.median(ours) / statistics.median(bare)
+    peak = Throughput.of(config, RankContext(0, 0, 1, torch.device("cpu")))
+    rate = SEQUENCES * SEQUENCE_LENGTH / statistics.median(ours)
+    print(
+        f"engine {arguments.size}: bare step {statistics.median(bare):.4f} s, in a run {statistics.median(ours):.4f} s: "
+        f"ratio {ratio:.4f}; matrix products reach {peak.peak / 1e9:.0f} GFLOP/s, MFU {peak.utilisation(rate):.1%}"
+    )
+
+
+def checkpoints(arguments: argparse.Namespace) -> None:
+    """What a save takes, and what of it training waits for, as the log of a run says it."""
+    for in_background in (True, False):
+        folder = arguments.folder / f"checkpoints_{in_background}"
+        config = make_run(arguments, folder, checkpoint_steps=5, async_checkpoints=in_background)
+        train(config, manifest=prepare_data(config), run_name="checkpoints")
+        log = (folder / "training.log").read_text()
+        saved = [float(text) for text in re.findall(r"saved checkpoint_\d+\.pt in ([\d.]+) s", log)]
+        waited = [float(text) for text in re.findall(r"training waited ([\d.]+) s", log)] or saved
+        size = sum(file.stat().st_size for file in next(folder.glob("checkpoint_*.pt")).iterdir())
+        median = statistics.median(waited)
+        print(
+            f"checkpoints {arguments.size}, in the background {in_background}: {size / 1e6:.0f} MB in "
+            f"{statistics.median(saved):.2f} s, of which training waits {median:.3f} s: {median / 600:.3%} of 10 minutes"
+        )
+
+
+def ranks(arguments: argparse.Namespace) -> None:
+    """Two gloo ranks with a thread each, beside one process with two threads, on the same global batch."""
+    rates = {}
+    for count in (1, 2):
+        folder = arguments.folder / f"ranks{count}"
+        config = make_run(arguments, folder, batch_size=SEQUENCES // count)
+        distributed = {"enabled": count > 1, "num_processes": count}
+        config = make_config({**config.model_dump(), "distributed": distributed})
+        run_ours(config, folder, threads=2 // count)
+        rates[count] = SEQUENCES * SEQUENCE_LENGTH / statistics.median(step_seconds(folder))
+    print(
+        f"ranks {arguments.size}: one process with two threads {rates[1]:.0f} tokens/s, two ranks with one "
+        f"{rates[2]:.0f}: ratio {rates[2] / rates[1]:.3f}"
+    )
+
+
+def peers(arguments: argparse.Namespace) -> None:
+    """Whole runs from the command line: data, logging, and an evaluation and a checkpoint half way included.
+
+    The clock runs from the end of the first steps to the end of the last step but one: ours then begins to evaluate
+    on the whole validation split, which the others do not.
+    """
+    folder = arguments.folder / "peers"
+    half = arguments.steps // 2
+    manifest = prepare_data(make_run(arguments, folder / "ours"))
+    steps = arguments.steps - 1 - WARM_STEPS
+    settings = {
+        **SIZES[arguments.size],
+        "data": str(manifest.path),
+        "sequence_length": SEQUENCE_LENGTH,
+        "sequences": SEQUENCES,
+        "steps": arguments.steps,
+        "eval_sequences": EVAL_SEQUENCES,
+        "warm_steps": WARM_STEPS,
+    }
+    rates = {}
+    for compiled in (False, True) if arguments.compile else (False,):
+        name = "compiled" if compiled else "eager"
+        run = make_run(arguments, folder / f"ours_{name}", compile=compiled, checkpoint_steps=half)
+        run = make_config({**run.model_dump(), "evaluation": {**run.evaluation.model_dump(), "eval_steps": half}})
+        run_ours(run, Path(run.output.output_dir), arguments.threads)
+        times = {row["step"]: row["time"] for row in read_metrics(Path(run.output.output_dir) / "metrics.jsonl")}
+        seconds = times[arguments.steps - 1] - times[WARM_STEPS]
+        rates[f"ours, {name}"] = steps * SEQUENCES * SEQUENCE_LENGTH / seconds
+        for peer in ("hf_trainer", "plain_loop"):
+            text = json.dumps({**settings, "compile": compiled, "folder": str(folder / f"{peer}_{name}")})
+            rates[f"{peer}, {name}"] = run_peer(peer, text, arguments.threads)
+    for name, rate in rates.items():
+        mode = name.rpartition(", ")[2]
+        print(f"peers {arguments.size}: {name:22} {rate:7.0f} tokens/s  ours / it {rates[f'ours, {mode}'] / rate:.3f}")
+
+
+def run_ours(config: Config, folder: Path, threads: int) -> None:
+    """A run of ours by `train_advanced.py`."""
+    folder.mkdir(parents=True)
+    save_config(config, folder.with_suffix(".yaml"))
+    _call([str(ROOT / "train_advanced.py"), "--config", str(folder.with_suffix(".yaml"))], threads)
+
+
+def run_peer(name: str, settings: str, threads: int) -> float:
+    """Tokens per second of a peer, which prints them as its last line."""
+    return float(_call([str(PEERS / f"{name}.py"), settings], threads).splitlines()[-1])
+
+
+def _call(command: list[str], threads: int) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parts = {"engine": engine, "checkpoints": checkpoints, "ranks": ranks, "peers": peers}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=parts)
+    parser.add_argument("--size", choices=SIZES, default="7M")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="peers: compiled runs too")
+    arguments = parser.parse_args()
+    logging.getLogger("ultrathink_model").setLevel(logging.WARNING)
+    torch.set_num_threads(arguments.threads)
+    arguments.folder = Path(tempfile.mkdtemp(prefix="ultrathink-bench-"))
+    try:
+        for name in [arguments.part] if arguments.part else parts:
+            parts[name](arguments)
+    finally:
+        shutil.rmtree(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
