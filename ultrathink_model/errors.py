@@ -46,6 +46,10 @@ class CriticError(UltrathinkError):
     """A critic that cannot be asked, or whose answers cannot be used."""
 
 
+class RewardError(UltrathinkError):
+    """A reward that cannot be computed, or that is no finite number."""
+
+
 class TrainingStoppedError(UltrathinkError):
     """Training was stopped by a signal after its state had been saved; start again to go on."""
 

@@ -232,6 +232,7 @@ def input_signature(config: Config) -> str:
     single = [config.rlhf.preference_data, config.distributed.deepspeed_config, constitutional.constitution]
     single += [constitutional.safety_data, constitutional.red_team_data]
     single += [constitutional.critic_model] if constitutional.critic == "local" else []
+    single += [reward.source for reward in config.rlhf.rewards or [] if reward.kind != "callable"]
     names += [name for name in single if name]
     digest = hashlib.sha256()
     for path in sorted({file for name in names for file in _local_files(name)}):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultrathink_model.alignment.objectives import (
+    calibration_error,
     clipped_policy_loss,
     clipped_value_loss,
     exact_kl,
@@ -143,6 +144,24 @@ def test_group_advantages_compare_with_the_prompts_own_group():
     assert group_advantages(scores, 2, scale=False).tolist() == [-1, 1, 0, 0]
     scaled = group_advantages(scores, 2, scale=True)
     torch.testing.assert_close(scaled, torch.tensor([-(0.5**0.5), 0.5**0.5, 0, 0]), atol=1e-3, rtol=0)
+
+
+def test_margin_asks_for_a_wider_gap():
+    chosen, rejected = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0])
+    margin = torch.tensor([0.5, 3.0])
+    expected = torch.log1p(torch.exp(-(chosen - rejected - margin)))
+    torch.testing.assert_close(preference_loss(chosen, rejected, margin), expected)
+
+
+def test_calibration_error_is_the_distance_between_claim_and_truth():
+    claim = 0.8
+    gap = math.log(claim / (1 - claim))
+    # 8 of 10 right at a claim of 0.8; then 5 of 10.
+    for right, error in ((8, 0.0), (5, 0.3), (10, 0.2)):
+        gaps = torch.tensor([gap] * right + [-gap] * (10 - right), dtype=torch.float64)
+        assert calibration_error(gaps, bins=1) == pytest.approx(error, abs=1e-9)
+    unsure = torch.zeros(6, dtype=torch.float64)
+    assert calibration_error(unsure) == pytest.approx(0)
 
 
 def test_preference_loss_is_bradley_and_terrys():

@@ -6,7 +6,7 @@ from alignment_cases import ALONE
 
 from ultrathink_model.alignment.pairs import PairSplit, TokenPair
 from ultrathink_model.alignment.reward import RewardHead, load_reward_model, raw_scores, save_reward_model
-from ultrathink_model.alignment.reward_training import RewardTrainer, learning_rate_factor
+from ultrathink_model.alignment.reward_training import RewardTrainer, learning_rate_factor, pair_weights
 from ultrathink_model.alignment.sequences import make_sequences
 from ultrathink_model.config import override_config
 from ultrathink_model.errors import CheckpointError, DataError
@@ -150,3 +150,42 @@ def test_pooling_takes_the_last_number_or_the_mean_of_all(base_config, dense_fol
 
 def test_pooling_is_kept_with_the_model(base_config, dense_folder, split):
     assert fit(base_config, dense_folder, split, ["rlhf.reward_pooling=last"])[0].record.pooling == "last"
+
+
+def test_each_pair_or_each_prompt_counts_alike():
+    many = [TokenPair([1], [2], [3], weight=weight) for weight in (1, 1, 2)]
+    pairs = [*many, TokenPair([9], [2], [3])]
+    assert pair_weights(pairs, "pair") == pytest.approx([0.8, 0.8, 1.6, 0.8])
+    by_prompt = pair_weights(pairs, "prompt")
+    assert by_prompt == pytest.approx([4 / 7, 4 / 7, 8 / 7, 12 / 7])
+    with pytest.raises(DataError, match="have the weight 0"):
+        pair_weights([TokenPair([1], [2], [3], weight=0)], "pair")
+
+
+def test_weightless_pairs_teach_nothing(base_config, dense_folder, split):
+    contrary = [TokenPair(pair.prompt, pair.rejected, pair.chosen, weight=0) for pair in split.train]
+    mixed = PairSplit([*split.train, *contrary], split.held_out)
+    model, _ = fit(base_config, dense_folder, mixed, ["rlhf.reward_epochs=4"])
+    assert model.record.accuracy == 1
+
+
+def test_margins_push_the_sides_apart(base_config, dense_folder, split):
+    wide = PairSplit([dataclasses.replace(pair, margin=4.0) for pair in split.train], split.held_out)
+    overrides = ["rlhf.reward_epochs=6"]
+    plain, pushed = (fit(base_config, dense_folder, pairs, overrides)[0].record for pairs in (split, wide))
+    assert pushed.loss < plain.loss
+
+
+def test_reward_weighting_reaches_the_loss(base_config, dense_folder, split):
+    pairs = PairSplit([*split.train[:5] * 6, *split.train[5:]], split.held_out)
+    losses = [
+        fit(base_config, dense_folder, pairs, [f"rlhf.reward_weighting={kind}"])[1] for kind in ("pair", "prompt")
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_record_tells_accuracy_by_prompt_and_calibration(base_config, dense_folder, split):
+    record = fit(base_config, dense_folder, split, ["rlhf.reward_epochs=4"])[0].record
+    assert record.prompt_accuracy == 1
+    # All pairs are ranked right: what is claimed falls short of that by the error.
+    assert 0 < record.calibration_error < 0.5

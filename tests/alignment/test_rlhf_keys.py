@@ -11,6 +11,7 @@ from ultrathink_model.alignment.learner import Learner
 from ultrathink_model.alignment.pairs import make_pairs
 from ultrathink_model.alignment.policy_run import Players, PolicyRun
 from ultrathink_model.alignment.reward_training import RewardTrainer
+from ultrathink_model.alignment.rewards import make_rewards
 from ultrathink_model.config import make_config, override_config
 from ultrathink_model.data import Tokenizer, ValidationLoader
 from ultrathink_model.errors import ConfigError
@@ -23,7 +24,8 @@ def players(base_config, manifest, dense_folder) -> Players:
     model = load_model(dense_folder).eval()
     pairs = make_pairs(base_config, manifest, Tokenizer.load(manifest.tokenizer_folder), model, ALONE)
     reward_model = RewardTrainer(base_config, model, manifest.pad_id, ALONE).fit(pairs, lambda *_: None)
-    return Players(model.requires_grad_(False), reward_model, pairs)
+    rewards = make_rewards(base_config.rlhf, reward_model, Tokenizer.load(manifest.tokenizer_folder), ALONE.device)
+    return Players(model.requires_grad_(False), rewards, pairs)
 
 
 @pytest.fixture

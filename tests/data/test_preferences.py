@@ -72,3 +72,13 @@ def test_at_least_one_prompt_is_on_each_side():
         train, heldout = split_by_prompt(pairs, fraction)
         assert train
         assert heldout
+
+
+def test_margins_and_weights_are_read_and_checked(tmp_path):
+    path = write(tmp_path / "a.jsonl", [pair(1, margin=0.5, weight=2), pair(2)])
+    read = load_preferences(path, 0.5)
+    assert {(row.margin, row.weight) for row in (*read.train, *read.heldout)} == {(0.5, 2.0), (0.0, 1.0)}
+    for bad in ({"margin": -1}, {"weight": "2"}, {"margin": True}):
+        path = write(tmp_path / "b.jsonl", [pair(1, **bad), pair(2), pair(3)])
+        found = load_preferences(path, 0.5, max_quarantine_fraction=0.5)
+        assert [row["rule"] for row in found.quarantined] == [f"{next(iter(bad))} is a number from 0 on"]

@@ -19,6 +19,7 @@ from ultrathink_model.alignment.policy_run import Players, PolicyRun
 from ultrathink_model.alignment.ppo import PPO, ValueHead
 from ultrathink_model.alignment.reward import RewardModel, load_reward_model, save_reward_model
 from ultrathink_model.alignment.reward_training import RewardTrainer
+from ultrathink_model.alignment.rewards import make_rewards, needs_reward_model
 from ultrathink_model.alignment.rounds import improve, measured_line
 from ultrathink_model.alignment.samples import held_out_samples
 from ultrathink_model.alignment.stage import Stage, held_out_loss, write_result
@@ -106,8 +107,8 @@ def _prepare(stage: Stage, init_from: Path, point: ResumePoint | None) -> Policy
     policy = starting_model(config, init_from).to(context.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     pairs = _pairs(stage, policy)
-    reward_model = _reward_model(stage, policy, pairs)
-    players = Players(reference, reward_model, pairs)
+    learnt = _reward_model(stage, policy, pairs) if needs_reward_model(config.rlhf) else None
+    players = Players(reference, make_rewards(config.rlhf, learnt, stage.tokenizer, context.device), pairs)
     algorithm, head = make_algorithm(config, context, players, stage.manifest)
     rate = config.rlhf.policy_learning_rate or config.training.learning_rate
     learner = Learner(config, context, policy, head, rate, config.rlhf.value_learning_rate)

@@ -128,6 +128,31 @@ def group_advantages(scores: Float[Tensor, " batch"], group_size: int, scale: bo
     return centred.reshape(-1)
 
 
-def preference_loss(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-    """Bradley and Terry's -log σ(chosen - rejected) of each pair, in nats."""
-    return -torch.nn.functional.logsigmoid(chosen - rejected)
+def preference_loss(
+    chosen: Float[Tensor, " pairs"],
+    rejected: Float[Tensor, " pairs"],
+    margin: Float[Tensor, " pairs"] | float = 0.0,
+) -> Float[Tensor, " pairs"]:
+    """Bradley and Terry's -log σ(chosen - rejected - margin) of each pair, in nats.
+
+    The margin is Llama 2's: pairs that people were surer of are to lie further apart (Touvron et al. 2023,
+    arXiv 2307.09288, §3.2.2).
+    """
+    return -torch.nn.functional.logsigmoid(chosen - rejected - margin)
+
+
+def calibration_error(gaps: Float[Tensor, " pairs"], bins: int = 10) -> float:
+    """Expected calibration error of preferences: how far the share of pairs ranked right is from what was claimed.
+
+    A gap d claims that its higher side is the better one with probability σ(|d|). Pairs are sorted by that claim into
+    `bins` groups of equal size; the error is the mean over the pairs of |claimed - found| of their group.
+
+    Args:
+        gaps: Score of the chosen side less that of the rejected one.
+        bins: Groups, at most; fewer pairs make fewer.
+    """
+    claimed = torch.sigmoid(gaps.abs()).double()
+    right = (gaps > 0).double() + 0.5 * (gaps == 0).double()
+    order = claimed.argsort()
+    groups = order.tensor_split(min(bins, len(gaps)))
+    return float(sum(len(group) * (claimed[group].mean() - right[group].mean()).abs() for group in groups) / len(gaps))

@@ -15,7 +15,7 @@ from ultrathink_model.config import Config
 from ultrathink_model.data.loader import TrainLoader
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.pack import IGNORED
-from ultrathink_model.data.preferences import PreferencePair, load_preferences
+from ultrathink_model.data.preferences import COLUMNS, PreferencePair, load_preferences
 from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.errors import DataError
@@ -30,11 +30,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A prompt with the response that is preferred and the one that is not, as tokens."""
+    """A prompt with the response that is preferred and the one that is not, as tokens; see `PreferencePair`."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: Tokenizer, config
         if chosen == rejected:
             equal += 1
         else:
-            tokenized.append(TokenPair(prompt, chosen, rejected))
+            tokenized.append(TokenPair(prompt, chosen, rejected, pair.margin, pair.weight))
     if equal:
         logger.warning(
             "%d of %d preference pairs have the same first rlhf.response_tokens=%d tokens on both sides and are left out",
@@ -164,9 +166,11 @@ def save_pairs(split: PairSplit, tokenizer: Tokenizer, path: Path) -> None:
     lines = []
     for name, pairs in (("train", split.train), ("held_out", split.held_out)):
         for pair in pairs:
-            texts = {key: tokenizer.decode(ids, skip_special_tokens=False) for key, ids in vars(pair).items()}
-            tokens = {f"{key}_tokens": ids for key, ids in vars(pair).items()}
-            lines.append(json.dumps({"split": name, **texts, **tokens}, ensure_ascii=False))
+            sides = {key: getattr(pair, key) for key in COLUMNS}
+            texts = {key: tokenizer.decode(ids, skip_special_tokens=False) for key, ids in sides.items()}
+            tokens = {f"{key}_tokens": ids for key, ids in sides.items()}
+            numbers = {"margin": pair.margin, "weight": pair.weight}
+            lines.append(json.dumps({"split": name, **texts, **tokens, **numbers}, ensure_ascii=False))
     write_atomically(path, "\n".join(lines) + "\n")
 
 
@@ -175,7 +179,8 @@ def load_pairs(path: Path) -> PairSplit:
     split = PairSplit([], [])
     for line in path.read_bytes().splitlines():  # of bytes: text may hold other line ends than the newline
         values = json.loads(line)
-        pair = TokenPair(**{key: values[f"{key}_tokens"] for key in ("prompt", "chosen", "rejected")})
+        sides = {key: values[f"{key}_tokens"] for key in COLUMNS}
+        pair = TokenPair(**sides, margin=values["margin"], weight=values["weight"])
         (split.train if values["split"] == "train" else split.held_out).append(pair)
     return split
 

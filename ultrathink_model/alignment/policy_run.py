@@ -14,7 +14,7 @@ from ultrathink_model.alignment.experience import Algorithm
 from ultrathink_model.alignment.kl_control import KLControl
 from ultrathink_model.alignment.learner import Learner
 from ultrathink_model.alignment.pairs import PairSplit
-from ultrathink_model.alignment.reward import RewardModel
+from ultrathink_model.alignment.rewards import Rewards
 from ultrathink_model.alignment.rollout import Rollout, draw_responses, examine
 from ultrathink_model.alignment.sequences import Sequences
 from ultrathink_model.alignment.update import KLLimit, Update, update_policy
@@ -38,12 +38,12 @@ class Players:
 
     Attributes:
         reference: The model that the policy started from, frozen.
-        reward_model: Scores responses.
+        rewards: Score responses.
         pairs: Their training prompts are what rollouts answer.
     """
 
     reference: Transformer
-    reward_model: RewardModel
+    rewards: Rewards
     pairs: PairSplit
 
 
@@ -57,6 +57,7 @@ class Measure:
         entropy: Of the next token, in nats.
         response_tokens: Tokens of a response.
         responses: Responses, over all ranks.
+        reward_spread: Standard deviation of the score over the responses.
     """
 
     reward: float
@@ -64,6 +65,7 @@ class Measure:
     entropy: float
     response_tokens: float
     responses: int
+    reward_spread: float = 0.0
 
 
 class PolicyRun:
@@ -136,9 +138,7 @@ class PolicyRun:
     def examine(self, sequences: Sequences) -> Rollout:
         """What policy, reference and reward model say of responses."""
         size = self.config.rlhf.ppo_minibatch_size
-        return examine(
-            sequences, self.learner, self.players.reference, self.players.reward_model, self.config.rlhf, size
-        )
+        return examine(sequences, self.learner, self.players.reference, self.players.rewards, self.config.rlhf, size)
 
     def learn(self, rollout: Rollout, measure: Measure) -> Update:
         """The updates of a round, which ends with them.
@@ -235,11 +235,14 @@ def summarise(rollout: Rollout) -> Measure:
         torch.tensor(float(len(mask)), device=mask.device),
         mask.sum(),
         rollout.scores.sum(),
+        rollout.scores.double().square().sum(),
         rollout.kl.sum(),
         (rollout.entropies * mask).sum(),
     ]
-    responses, tokens, reward, kl, entropy = all_reduce_sum(torch.stack([part.double() for part in own])).tolist()
-    return Measure(reward / responses, kl / responses, entropy / tokens, tokens / responses, round(responses))
+    sums = all_reduce_sum(torch.stack([part.double() for part in own])).tolist()
+    responses, tokens, reward, squares, kl, entropy = sums
+    spread = max(0.0, squares / responses - (reward / responses) ** 2) ** 0.5
+    return Measure(reward / responses, kl / responses, entropy / tokens, tokens / responses, round(responses), spread)
 
 
 def _copied(model: Transformer) -> dict[str, Tensor]:

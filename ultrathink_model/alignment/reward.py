@@ -35,6 +35,9 @@ class RewardRecord(BaseModel):
         loss: Mean -log σ(chosen - rejected) of the held-out pairs, in nats; ln 2 is chance.
         length_accuracy: Share of held-out pairs that "the longer response is better" ranks right; ties count half.
         held_out_pairs: Pairs that accuracy and loss were measured on.
+        prompt_accuracy: Mean over the held-out prompts of the share of their pairs that are ranked right.
+        calibration_error: How far the claimed probabilities of the held-out pairs are from the truth; see
+            `objectives.calibration_error`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +49,8 @@ class RewardRecord(BaseModel):
     loss: float
     length_accuracy: float
     held_out_pairs: int
+    prompt_accuracy: float
+    calibration_error: float
 
 
 class Scorer(Protocol):

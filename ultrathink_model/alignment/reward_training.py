@@ -3,7 +3,9 @@
 import copy
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ultrathink_model.alignment.draws import REWARD_ORDER, shuffled
 from ultrathink_model.alignment.learner import Learner
-from ultrathink_model.alignment.objectives import preference_loss
+from ultrathink_model.alignment.objectives import calibration_error, preference_loss
 from ultrathink_model.alignment.pairs import PairSplit, TokenPair
 from ultrathink_model.alignment.reward import RewardHead, RewardModel, RewardRecord, raw_scores
 from ultrathink_model.alignment.sequences import make_sequences
@@ -30,7 +32,9 @@ logger = logging.getLogger(__name__)
 class RewardTrainer:
     """Bradley and Terry's model on a copy of the language model's trunk (Ouyang et al. 2022, arXiv 2203.02155).
 
-    The loss of a pair is -log σ(score of chosen - score of rejected).
+    The loss of a pair is -log σ(score of chosen - score of rejected - margin), times the pair's weight. Under
+    `rlhf.reward_weighting: prompt` the pairs of one prompt share one pair's weight, so that a prompt with many answers
+    does not outweigh the others.
 
     Args:
         config: Its `rlhf.reward_*` keys.
@@ -62,6 +66,7 @@ class RewardTrainer:
             DataError: All scores are alike, so that nothing can be learnt from them.
         """
         rlhf = self._rlhf
+        weights = pair_weights(split.train, rlhf.reward_weighting)
         batch_size = min(rlhf.reward_batch_size, len(split.train))
         per_epoch = -(-len(split.train) // batch_size)
         steps = per_epoch * rlhf.reward_epochs
@@ -70,14 +75,18 @@ class RewardTrainer:
             order = shuffled(len(split.train), self._seed, REWARD_ORDER, epoch)
             rows = order[part * batch_size : (part + 1) * batch_size].tolist()
             self._learner.scale_rates(learning_rate_factor(step, steps))
-            after_step(step + 1, steps, self._step([split.train[row] for row in rows]))
+            pairs = [split.train[row] for row in rows]
+            after_step(step + 1, steps, self._step(pairs, [weights[row] for row in rows]))
         return self._measured(split)
 
-    def _step(self, pairs: Sequence[TokenPair]) -> float:
-        own = pairs[self._context.rank :: self._context.world_size]
+    def _step(self, pairs: Sequence[TokenPair], weights: Sequence[float]) -> float:
+        share = slice(self._context.rank, None, self._context.world_size)
         # A rank that gets no pair of a last, small batch still takes part in the exchange of gradients.
-        chosen, rejected = self._scores(own or pairs[:1]).chunk(2)
-        loss = preference_loss(chosen, rejected).sum() / len(pairs) * bool(own)
+        own, own_weights = (pairs[share], weights[share]) if pairs[share] else (pairs[:1], [0.0])
+        chosen, rejected = self._scores(own).chunk(2)
+        margin = torch.tensor([pair.margin for pair in own], device=chosen.device)
+        losses = preference_loss(chosen, rejected, margin) * torch.tensor(own_weights, device=chosen.device)
+        loss = losses.sum() / len(pairs)
         self._learner.backward(loss)
         norm = self._learner.step()
         total = float(all_reduce_sum(loss.detach()))
@@ -106,27 +115,37 @@ class RewardTrainer:
         mean, spread = self._normalisation(self._scores_in_batches(split.train))
         chosen, rejected = self._scores_in_batches(split.held_out)
         lengths = [len(pair.chosen) - len(pair.rejected) for pair in split.held_out]
-        right = (chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()
-        loss = preference_loss(chosen, rejected).sum()
-        right_sum, loss_sum = all_reduce_sum(torch.stack([right.float(), loss]).double()).tolist()
+        gaps = self._gathered(chosen - rejected, len(split.held_out))
+        right = (gaps > 0).double() + 0.5 * (gaps == 0).double()
+        by_prompt = torch.tensor(pair_weights(split.held_out, "prompt"), dtype=torch.float64)
         record = RewardRecord(
             pooling=self._rlhf.reward_pooling,
             mean=mean,
             spread=spread,
-            accuracy=right_sum / len(split.held_out),
-            loss=loss_sum / len(split.held_out),
+            accuracy=float(right.mean()),
+            loss=float(-torch.nn.functional.logsigmoid(gaps).mean()),
+            prompt_accuracy=float((right * by_prompt).mean()),
+            calibration_error=calibration_error(gaps),
             length_accuracy=sum(0.5 + 0.5 * ((length > 0) - (length < 0)) for length in lengths) / len(lengths),
             held_out_pairs=len(split.held_out),
         )
         logger.info(
-            "reward model: ranks %.1f%% of %d held-out pairs right (length alone %.1f%%), loss %.3f nats (chance 0.693)",
+            "reward model: ranks %.1f%% of %d held-out pairs right (length alone %.1f%%), loss %.3f nats (chance 0.693), "
+            "calibration error %.3f",
             100 * record.accuracy,
             record.held_out_pairs,
             100 * record.length_accuracy,
             record.loss,
+            record.calibration_error,
         )
         trunk = self._learner.trunk
         return RewardModel(trunk.eval().requires_grad_(False), self._head.requires_grad_(False), record)
+
+    def _gathered(self, own: Float[Tensor, " share"], count: int) -> Float[Tensor, " pairs"]:
+        """The numbers of all ranks in the order of the pairs."""
+        every = torch.zeros(count, dtype=torch.float64)
+        every[self._context.rank :: self._context.world_size] = own.double()
+        return all_reduce_sum(every)
 
     def _normalisation(self, scores: Float[Tensor, "sides pairs"]) -> tuple[float, float]:
         """Mean and standard deviation over the ranks."""
@@ -140,6 +159,20 @@ class RewardTrainer:
                 "raise rlhf.reward_learning_rate or rlhf.reward_epochs, or give pairs that differ"
             )
         return total / count, variance**0.5
+
+
+def pair_weights(pairs: Sequence[TokenPair], weighting: Literal["pair", "prompt"]) -> list[float]:
+    """What each pair counts, with a mean of 1: its own weight, under `prompt` over the pairs of its prompt.
+
+    Raises:
+        DataError: All weights are zero.
+    """
+    together = Counter(tuple(pair.prompt) for pair in pairs)
+    weights = [pair.weight / (together[tuple(pair.prompt)] if weighting == "prompt" else 1) for pair in pairs]
+    total = sum(weights)
+    if total <= 0:
+        raise DataError(f"all {len(pairs)} preference pairs have the weight 0; give at least one a weight above 0")
+    return [weight * len(pairs) / total for weight in weights]
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

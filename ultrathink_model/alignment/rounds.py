@@ -36,10 +36,11 @@ def improve(stage: Stage, run: PolicyRun, place: StagePlace) -> None:
                     rlhf.algorithm,
                 )
                 return
+            parts = run.players.rewards.pop_parts()
             kl_weight = run.control.weight
             update = run.learn(rollout, measure)
             if writer:
-                line = {**measured_line(measure), **_updated(update, kl_weight, run), **_once(run)}
+                line = {**measured_line(measure), **parts, **_updated(update, kl_weight, run), **_once(run)}
                 writer.write(run.position.step - 1, {"tokens": run.position.tokens, **line})
             if progress:
                 progress.message(f"reward {measure.reward:+.3f}, KL {measure.kl:.2f} nats per response")
@@ -67,6 +68,7 @@ def _progress(stage: Stage, run: PolicyRun, place: StagePlace) -> Progress | Non
 def measured_line(measure: Measure) -> dict[str, float]:
     return {
         "rlhf/reward": measure.reward,
+        "rlhf/reward_spread": measure.reward_spread,
         "rlhf/kl": measure.kl,
         "rlhf/entropy": measure.entropy,
         "rlhf/response_tokens": measure.response_tokens,
@@ -81,13 +83,14 @@ def _updated(update: Update, kl_weight: float, run: PolicyRun) -> dict[str, floa
 
 def _once(run: PolicyRun) -> dict[str, float]:
     """The reward model's figures, on the line of the first round."""
-    record = run.players.reward_model.record
-    if run.position.step > 1:
+    record = run.players.rewards.record
+    if run.position.step > 1 or record is None:
         return {}
     return {
         "rlhf/reward_accuracy": record.accuracy,
         "rlhf/reward_loss": record.loss,
         "rlhf/length_accuracy": record.length_accuracy,
+        "rlhf/calibration_error": record.calibration_error,
     }
 
 

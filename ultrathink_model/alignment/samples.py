@@ -63,7 +63,7 @@ def _draw(
 ) -> tuple[Sequences, Float[Tensor, " batch"]]:
     generator = make_generator(config.training.seed, SAMPLES)
     sequences = draw_responses(model, prompts, config.rlhf, manifest, generator, len(prompts))
-    return sequences, players.reward_model.score(sequences)
+    return sequences, players.rewards.score(sequences)
 
 
 def _tokens(sequences: Sequences, row: int) -> list[int]:

@@ -7,6 +7,32 @@ from pydantic import Field, model_validator
 from ultrathink_model.config.section import Section
 
 
+class RewardSource(Section):
+    """One of several rewards, whose weighted sum the policy learns from."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Name of its metric, `rlhf/reward/<name>`.")
+    kind: Literal["preferences", "model", "classifier", "callable"] = Field(
+        description="`preferences`: a reward model trained here on the preference pairs; `model`: a `reward_model/` folder of an earlier run; `classifier`: a Hugging Face sequence-classification folder; `callable`: a Python function.",
+    )
+    source: str | None = Field(
+        None,
+        description="The folder, or the function as `module:function`; it takes the prompts and the responses, two lists of texts, and returns a number for each.",
+    )
+    label: str | None = Field(
+        None, description="Label whose log-odds are a classifier's reward; null takes its last label."
+    )
+    weight: float = Field(1.0, description="Factor of this reward in the sum; below 0 it is a penalty.")
+
+    @model_validator(mode="after")
+    def _source_is_named(self) -> "RewardSource":
+        if (self.kind == "preferences") != (self.source is None):
+            raise ValueError(
+                f"rlhf.rewards: {self.name} of kind {self.kind} "
+                + ("is trained here and takes no source" if self.source else "needs a source")
+            )
+        return self
+
+
 class RLHFConfig(Section):
     """Reward model and policy optimisation."""
 
@@ -28,6 +54,17 @@ class RLHFConfig(Section):
     reward_epochs: int = Field(2, ge=1, description="Passes of the reward model over the training pairs.")
     reward_learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of the reward model.")
     reward_batch_size: int = Field(32, ge=1, description="Pairs per optimizer step of the reward model.")
+    reward_weighting: Literal["pair", "prompt"] = Field(
+        "pair",
+        description="What counts alike in the reward model's loss: every `pair`, or every `prompt` however many pairs it has.",
+    )
+    rewards: list[RewardSource] | None = Field(
+        None, description="Rewards that are added up; null takes the reward model of the preference pairs alone."
+    )
+    on_bad_reward: Literal["error", "skip"] = Field(
+        "error",
+        description="What a reward that is not finite, or a callable that raises, does: the run ends, or the response takes the mean of its batch and is counted.",
+    )
     rlhf_iterations: int = Field(100, ge=1, description="Rounds of rollout and optimisation.")
     rlhf_steps_per_iteration: int = Field(
         1, ge=1, description="Batches of `ppo_batch_size` rollouts gathered in one round."
@@ -64,6 +101,15 @@ class RLHFConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Probability mass that the rollouts are drawn from.")
     group_size: int = Field(8, ge=2, description="Responses per prompt under `algorithm: grpo`.")
     dpo_beta: float = Field(0.1, gt=0, description="Strength of the reference under `algorithm: dpo`.")
+
+    @model_validator(mode="after")
+    def _rewards_have_names_of_their_own(self) -> "RLHFConfig":
+        names = [reward.name for reward in self.rewards or []]
+        if self.rewards is not None and (not names or len(set(names)) < len(names)):
+            raise ValueError(
+                f"rlhf.rewards names {', '.join(names) or 'nothing'}; it needs one or more, each with a name of its own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adaptive_weight_can_move(self) -> "RLHFConfig":

@@ -1,6 +1,7 @@
 """Preference pairs: of two answers to one prompt, the chosen and the rejected one."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +16,29 @@ from ultrathink_model.data.schema import broken_rules, text_column
 from ultrathink_model.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected")
+# Numbers that a row may have beside them, with what a row without them has.
+NUMBERS = {"margin": 0.0, "weight": 1.0}
 NAMED_RULES = 3
 
 
 class PreferencePair(BaseModel):
-    """A prompt with the answer that was preferred and the one that was not, as text."""
+    """A prompt with the answer that was preferred and the one that was not, as text.
+
+    Attributes:
+        prompt: The prompt.
+        chosen: The answer that was preferred.
+        rejected: The other one.
+        margin: By how much it was preferred: what the scores of a reward model should differ by at least.
+        weight: What the pair counts in the loss, against 1 for a plain pair.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     prompt: str
     chosen: str
     rejected: str
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 class Preferences(BaseModel):
@@ -38,8 +51,15 @@ class Preferences(BaseModel):
     quarantined: list[dict[str, object]]
 
 
+def _number_column() -> pa.Column:
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+    return pa.Column(object, checks=pa.Check(is_number, element_wise=True, name="value is a number from 0 on"))
+
+
 PREFERENCE_SCHEMA = pa.DataFrameSchema(
-    {name: text_column() for name in COLUMNS},
+    {**{name: text_column() for name in COLUMNS}, **{name: _number_column() for name in NUMBERS}},
     checks=[
         pa.Check(
             lambda frame: frame["chosen"].map(repr) != frame["rejected"].map(repr),
@@ -53,7 +73,7 @@ PREFERENCE_SCHEMA = pa.DataFrameSchema(
 def load_preferences(path: str | Path, holdout_fraction: float, max_quarantine_fraction: float = 0.01) -> Preferences:
     """Reads a JSON Lines file of `prompt`, `chosen` and `rejected`, and holds out a share of the prompts.
 
-    Further columns are passed over. Pairs of one prompt stay on one side, so that held-out accuracy is on prompts
+    A row may have a `margin` and a `weight`, numbers from 0 on; further columns are passed over. Pairs of one prompt stay on one side, so that held-out accuracy is on prompts
     never seen.
 
     Args:
@@ -113,9 +133,13 @@ def _read_pairs(path: Path) -> tuple[list[PreferencePair], list[BadRow], int]:
             bad.append(BadRow(path.name, number, f"row has the column {missing[0]!r}", make_excerpt(row)))
         else:
             numbers.append(number)
-            values.append({name: row[name] for name in COLUMNS})
+            values.append(
+                {name: row[name] for name in COLUMNS} | {name: row.get(name, NUMBERS[name]) for name in NUMBERS}
+            )
     rows = len(values) + len(bad)
-    frame = pd.DataFrame({name: pd.Series([row[name] for row in values], dtype=object) for name in COLUMNS})
+    frame = pd.DataFrame(
+        {name: pd.Series([row[name] for row in values], dtype=object) for name in PREFERENCE_SCHEMA.columns}
+    )
     broken = broken_rules(PREFERENCE_SCHEMA, frame) if values else {}
     bad += [BadRow(path.name, numbers[at], rule, make_excerpt(values[at])) for at, rule in broken.items()]
     pairs = [PreferencePair.model_validate(row) for at, row in enumerate(values) if at not in broken]
