@@ -48,6 +48,7 @@ def rank_pairs(arguments: argparse.Namespace, config: Config) -> None:
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(0).shuffle(prompts)
     held = set(prompts[arguments.fold :: FOLDS])
+    print(f"fold {arguments.fold}: ", end="")
     train = [pair for pair in pairs if pair.prompt not in held]
     held_out = [pair for pair in pairs if pair.prompt in held]
     print(f"{len(answers)} answers; {len(train)} pairs to learn from, {len(held_out)} of {len(held)} prompts held out")
@@ -133,8 +134,9 @@ def raise_sentiment(arguments: argparse.Namespace, config: Config) -> None:
         f"output.output_dir={arguments.output}/sentiment_{arguments.seed}",
         "training.resume=never",
         "rlhf.rewards=[{name: sentiment, kind: callable, source: 'sentiment:compound', weight: 2.0}]",
-        "rlhf.num_pairs=512",
-        "rlhf.rlhf_iterations=30",
+        "rlhf.num_pairs=256",
+        "rlhf.rlhf_iterations=14",
+        "rlhf.response_tokens=24",
         "evaluation.num_generations=6",
         *arguments.override,
     ]
@@ -143,7 +145,7 @@ def raise_sentiment(arguments: argparse.Namespace, config: Config) -> None:
     result = align(config, manifest=manifest, run_name=f"sentiment_{arguments.seed}", init_from=arguments.model)
     folder = Path(result.output_dir)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "rlhf/reward/sentiment" in row]
-    for row in rows[::5]:
+    for row in rows[::3]:
         print(f"round {row['step']}: sentiment {row['rlhf/reward/sentiment']:+.3f}, KL {row['rlhf/kl']:.2f}")
     first, last = rows[0], rows[-1]
     print(
@@ -151,7 +153,7 @@ def raise_sentiment(arguments: argparse.Namespace, config: Config) -> None:
         f"in {len(rows)} rounds; standard deviation at the start {first['rlhf/reward_spread'] / 2:.3f} ; "
         f"KL of the kept policy {result.metrics['rlhf/kl']:.2f} nats per response"
     )
-    print((folder / "samples.json").read_text(encoding="utf-8"))
+    print((folder / "samples.json").read_text(encoding="utf-8"), flush=True)
 
 
 def main() -> None:
@@ -163,9 +165,10 @@ def main() -> None:
     parser.add_argument("--data", default="./outputs/data")
     parser.add_argument("--fold", type=int, choices=range(FOLDS), default=0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="folds or seeds, one after the other")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--uses", type=int, default=2, help="most pairs that an answer stands in")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--override", nargs="*", default=[])
@@ -178,7 +181,11 @@ def main() -> None:
     config = load_config(
         ROOT / "configs/train_tiny.yaml", [f"data.cache_dir={arguments.data}", "logging.use_mlflow=false"]
     )
-    (rank_pairs if arguments.task == "pairs" else raise_sentiment)(arguments, config)
+    key, task = ("fold", rank_pairs) if arguments.task == "pairs" else ("seed", raise_sentiment)
+    first = getattr(arguments, key)
+    for number in range(first, first + arguments.repeats):
+        setattr(arguments, key, number)
+        task(arguments, config)
 
 
 if __name__ == "__main__":

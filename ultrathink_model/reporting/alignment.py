@@ -16,11 +16,16 @@ CHARTS = (
     ("Held-out accuracy", "rlhf/reward_accuracy", "share of pairs ranked right"),
 )
 
+# One reward of several.
+PART_PREFIX = "rlhf/reward/"
+
 
 def alignment_charts(stages: Sequence[Stage]) -> list[LineChart]:
     """A chart for each quantity that changed over the iterations of any stage."""
     charts = []
-    for title, metric, unit in CHARTS:
+    parts = dict.fromkeys(name for stage in stages for name in stage.metric_names(PART_PREFIX))
+    own = [(f"Reward: {name.removeprefix(PART_PREFIX)}", name, "mean of a response, unweighted") for name in parts]
+    for title, metric, unit in (*CHARTS[:1], *own, *CHARTS[1:]):
         curves = [(stage, *stage.curve(metric, "step")) for stage in stages]
         series = [Series(stage.name, stage.number, x, y) for stage, x, y in curves if len(x) > 1]
         if series:
@@ -30,8 +35,8 @@ def alignment_charts(stages: Sequence[Stage]) -> list[LineChart]:
 
 
 def alignment_facts(stage: Stage) -> list[tuple[str, str]]:
-    """What alignment came to in one stage: a name and a value each; empty for a stage without it."""
-    facts = []
+    """What alignment came to in one stage, Constitutional AI too: a name and a value each; empty for a stage without."""
+    facts = _constitutional_facts(stage)
     accuracy = stage.last("rlhf/reward_accuracy")
     if accuracy is not None:
         by_length = stage.last("rlhf/length_accuracy")
@@ -52,6 +57,26 @@ def alignment_facts(stage: Stage) -> list[tuple[str, str]]:
     if kl:
         bound = f" (target {target:g})" if isinstance(target, int | float) else ""
         facts.append(("largest KL, nats per response", f"{max(kl):.2f}{bound}"))
+    return facts
+
+
+def _constitutional_facts(stage: Stage) -> list[tuple[str, str]]:
+    """What Constitutional AI came to in a stage."""
+    facts = []
+    prompts, revised = stage.last("constitutional/prompts"), stage.last("constitutional/revised")
+    if prompts is not None and revised is not None:
+        facts.append(("answers that were revised and learnt from", f"{revised:.0f} of {prompts:.0f}"))
+    preferences = stage.last("constitutional/preferences")
+    if preferences is not None:
+        facts.append(("preferences that the critic gave", f"{preferences:.0f}"))
+    for name, text in (
+        ("harmful", "answers to held-out harmful requests that the harm head finds harmful, before and after"),
+        ("refused_harmful", "held-out harmful requests refused, before and after"),
+        ("refused_harmless", "held-out harmless requests refused, before and after"),
+    ):
+        before, after = stage.last(f"eval/safety/{name}_before"), stage.last(f"eval/safety/{name}_after")
+        if before is not None and after is not None:
+            facts.append((text, f"{100 * before:.1f} % → {100 * after:.1f} %"))
     return facts
 
 
