@@ -1,5 +1,6 @@
 import io
 import re
+import time
 
 import pytest
 
@@ -28,6 +29,16 @@ def test_resumed_run_counts_from_its_first_step():
         for step in range(18, 41):
             progress.update(step)
     assert [int(re.search(r"step (\d+)/40", line)[1]) for line in stream.getvalue().splitlines()] == [18, 20, 30, 40]
+
+
+def test_time_left_counts_no_pause_before_the_first_step(monkeypatch):
+    clock = iter([1000.0, 1002.0])
+    stream = io.StringIO()
+    with Progress("advanced", 5, log_steps=1, stream=stream) as progress:
+        monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+        progress.update(1)
+        progress.update(2)
+    assert stream.getvalue().splitlines() == ["advanced: step 1/5", "advanced: step 2/5, 0:00:06 left"]
 
 
 def test_run_without_a_known_end_shows_no_time_left():

@@ -43,8 +43,8 @@ class Progress:
         self._title = f"stage {stage}/{stages} {name}" if stages > 1 else name
         self._total = total_steps
         self._log_steps = log_steps
-        self._first_step = first_step
-        self._started = time.monotonic()
+        # Step and time of the first update: what comes before it, a validation for one, is no measure of the speed.
+        self._first_update: tuple[int, float] | None = None
         self._stream = stream or sys.stdout
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
@@ -79,6 +79,7 @@ class Progress:
             tokens_per_second: Throughput over all ranks.
         """
         is_last = step == self._total
+        self._first_update = self._first_update or (step, time.monotonic())
         if self._bar:
             line = self._describe(step, loss, tokens_per_second)
             self._bar.update(self._task, completed=step, line=line, refresh=is_last)
@@ -109,8 +110,10 @@ class Progress:
         return ", ".join(parts)
 
     def _seconds_left(self, step: int) -> float | None:
-        """Steps to come at the mean speed since this start; None before the first step."""
-        done = step - self._first_step
-        if self._total is None or done <= 0:
+        """Steps to come at the mean speed since the first update of this start; None before the second."""
+        if self._total is None or self._first_update is None:
             return None
-        return (self._total - step) * (time.monotonic() - self._started) / done
+        first_step, started = self._first_update
+        if step == first_step:
+            return None
+        return (self._total - step) * (time.monotonic() - started) / (step - first_step)
