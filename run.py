@@ -2,8 +2,11 @@
 
 python run.py --workflow prototype
 python run.py --workflow production --profile small --override training.max_steps=2000
+python run.py plan --profile large --device a100-80gb --ranks 8
 """
 
+import functools
+import importlib
 import sys
 from pathlib import Path
 
@@ -15,6 +18,10 @@ WORKFLOWS = {
     "prototype": "a check on dummy data, then one epoch on real text",
     "production": "pretrain → resume with MoE and the reasoning engine → RLHF",
     "multi_gpu": "the same training over several ranks",
+}
+# Commands beside the workflows, each with flags of its own (`run.py plan --help`).
+COMMANDS = {
+    "plan": ("ultrathink_model.planning.command", ("pydantic", "yaml")),
 }
 PROFILES = ("auto", "tiny", "small", "medium", "large")
 
@@ -60,6 +67,11 @@ def main() -> None:
     run_workflow(plan, arguments.profile, arguments.config, overrides, arguments.stack)
 
 
+def run_command(name: str, arguments: list[str]) -> None:
+    """Runs a command other than a workflow; its module is imported only now."""
+    importlib.import_module(COMMANDS[name][0]).main(arguments)
+
+
 def _describe_keys() -> str:
     from ultrathink_model.config.describe import render_text  # noqa: PLC0415 - only for --help
 
@@ -67,5 +79,8 @@ def _describe_keys() -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        require_packages("run.py", COMMANDS[sys.argv[1]][1])
+        run_and_exit(functools.partial(run_command, sys.argv[1], sys.argv[2:]))
     require_packages("run.py", ("pydantic", "yaml", "torch", "zenml", "mlflow", "datasets", "transformers"))
     run_and_exit(main)

@@ -29,10 +29,13 @@ class Strategy(ABC):
         model: What to call for a forward pass, in training and in evaluation.
         unwrapped: The model as it was given to `prepare`, for its methods other than `forward`.
         optimizer: Its `param_groups` take the learning rate of each step.
+        keeps_casts: Whether a weight's copy in 16 bits may be kept for the rest of a forward pass: not where the weights
+            themselves are dropped after each block.
         gradient_scale: The world size where the ranks' gradients are averaged, 1 where they are added.
     """
 
     name: ClassVar[str]
+    keeps_casts: ClassVar[bool] = True
     gradient_scale: float = 1.0
     model: nn.Module
     unwrapped: nn.Module

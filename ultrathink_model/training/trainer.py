@@ -219,7 +219,8 @@ class Trainer:
         self._watch.note("a forward pass")
         on_device = (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device, non_blocking=True)
         training = self.config.training
-        with torch.autocast(self.device.type, AMP_DTYPES[training.amp_dtype], enabled=training.use_amp):
+        dtype, keeps = AMP_DTYPES[training.amp_dtype], self.strategy.keeps_casts
+        with torch.autocast(self.device.type, dtype, enabled=training.use_amp, cache_enabled=keeps):
             output: ModelOutput = self.strategy.model(
                 on_device.input_ids,
                 labels=on_device.labels,
