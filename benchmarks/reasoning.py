@@ -1,7 +1,7 @@
 """What the reasoning engine buys on real text: its loss for three quarters of the dense model's training FLOPs.
 
-    python benchmarks/reasoning.py                    # three seeds; about 25 minutes on one core
-    python benchmarks/reasoning.py --seeds 1 --steps 100 --override dre.compute_budget=0.4
+    python benchmarks/reasoning.py                    # three seeds; about 15 minutes on one core
+    python benchmarks/reasoning.py --seeds 1 --steps 200 --override dre.compute_budget=0.4
 
 For each seed the dense model is trained on `sotu`, then the same model with the engine, from scratch, for as many steps
 as 75 % of the dense run's FLOPs pay for; each run's schedule ends with it. A shallower dense model that costs as much a
@@ -122,7 +122,7 @@ def main() -> None:
     """Trains what is missing, measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=200, help="steps of the dense run")
+    parser.add_argument("--steps", type=int, default=100, help="steps of the dense run")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
     parser.add_argument("--tag", default="engine", help="name of these settings in the names of the runs")
     parser.add_argument("--control", action="store_true", help="train the shallower dense model too")

@@ -299,25 +299,38 @@ def test_sizes_follow_the_config(mixture):
     assert mixture("moe.expert_hidden_size=20").down.shape == (EXPERTS, HIDDEN, 20)
 
 
-def loads_after_training(model: Transformer, steps: int) -> Tensor:
-    """Trains on walks over a graph with a few frequent tokens; returns the mean load shares of the last ten steps."""
+def routing_after_training(model: Transformer, steps: int, num_sources: int = 1) -> dict[str, Tensor]:
+    """Trains on walks over a graph with a few frequent tokens, one graph a source; source i is tagged with group i.
+
+    Returns:
+        The routing statistics, as means over the last ten steps.
+    """
     generator = torch.Generator().manual_seed(0)
-    successors = (96 * torch.rand(96, 4, generator=generator) ** 3).long()
+    successors = (96 * torch.rand(num_sources, 96, 4, generator=generator) ** 3).long()
+    sources = torch.arange(8) % num_sources
+    tags = sources.unsqueeze(1).expand(-1, 32) if num_sources > 1 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    loads = []
+    found = []
     for _ in range(steps):
         tokens = [torch.randint(0, 96, (8,), generator=generator)]
         for _ in range(32):
             branch = (4 * torch.rand(8, generator=generator) ** 2).long()
-            tokens.append(successors[tokens[-1], branch])
+            tokens.append(successors[sources, tokens[-1], branch])
         text = torch.stack(tokens, dim=1)
-        output = model(text[:, :-1], text[:, 1:])
+        output = model(text[:, :-1], text[:, 1:], source_groups=tags)
         optimizer.zero_grad()
         ((output.loss_sum + sum(output.aux_losses.values())) / 256).backward()
         optimizer.step()
         model.end_step(lambda counts: counts)
-        loads.append(model.routing_statistics()["moe/load"])
-    return torch.stack(loads[-10:]).mean(dim=0)
+        found.append(model.routing_statistics())
+    return {name: torch.stack([step[name] for step in found[-10:]]).mean(dim=0) for name in found[0]}
+
+
+def test_tagged_sources_go_to_their_own_group(small_config):
+    model = build_model(small_config("advanced.enable_moe=true"))
+    shares = routing_after_training(model, 200, num_sources=2)["moe/group_share"]
+    for group in range(2):
+        assert shares[group, group] > 1.5 * GROUP_SIZES[group] / EXPERTS
 
 
 def test_default_balance_loss_keeps_every_expert_alive(small_config):
@@ -326,8 +339,8 @@ def test_default_balance_loss_keeps_every_expert_alive(small_config):
     So few steps of so few tokens are far from balance; what a real run reaches is measured on the corpus.
     """
     fair = 1 / EXPERTS
-    balanced = loads_after_training(build_model(small_config("advanced.enable_moe=true")), 120)
+    balanced = routing_after_training(build_model(small_config("advanced.enable_moe=true")), 120)["moe/load"]
     assert balanced.min() > fair / 10
     assert balanced.max() < 4 * fair
     free = small_config("advanced.enable_moe=true", "moe.load_balance_weight=0")
-    assert loads_after_training(build_model(free), 120).min() < fair / 50
+    assert routing_after_training(build_model(free), 120)["moe/load"].min() < fair / 50

@@ -257,8 +257,9 @@ def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):
     _, rows = train_tiny("advanced.enable_moe=true", "advanced.enable_dre=true", "moe.layer_frequency=2")
     assert rows[-1].keys() >= {
         "train/aux/moe/load_balance", "train/aux/moe/router_z", "train/moe/entropy", "train/moe/dropped",
-        "train/moe/max_load", "train/dre/compute", "train/dre/path/fast", "train/dre/path/ultra_deep",
+        "train/moe/max_load", "train/moe/min_load", "train/dre/compute", "train/dre/path/fast", "train/dre/path/ultra_deep",
     }  # fmt: skip
+    assert rows[-1]["train/moe/min_load"] <= 1 <= rows[-1]["train/moe/max_load"]
     tables = json.loads((tmp_path / "run" / "routing.json").read_text())
     assert [len(row) for row in tables["moe/load"]] == [8]
     assert sum(tables["moe/load"][0]) == pytest.approx(1)

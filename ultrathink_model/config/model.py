@@ -160,13 +160,15 @@ class DREConfig(Section):
         0.6,
         gt=0,
         le=3,
-        description="Mean passes of a routed block per token after warm-up; 1 is the dense model's compute.",
+        description="Passes of a routed block per token that training has room for after warm-up, as a mean; 1 is the dense model's compute.",
     )
     layer_frequency: int = Field(
         2, ge=1, description="Every n-th block is routed: block i where (i + 1) is a multiple of n."
     )
-    deep_share: float = Field(0.1, ge=0, le=1, description="Share of tokens that get a second pass.")
-    ultra_deep_share: float = Field(0.05, ge=0, le=1, description="Share of tokens that get a third pass.")
+    deep_share: float = Field(0.1, ge=0, le=1, description="Share of tokens that there is room for in a second pass.")
+    ultra_deep_share: float = Field(
+        0.05, ge=0, le=1, description="Share of tokens that there is room for in a third pass."
+    )
     force_path: ReasoningPath | None = Field(
         None,
         description="Send every token along one path (fast, standard, deep, ultra_deep); null lets the router choose.",
@@ -174,7 +176,7 @@ class DREConfig(Section):
 
     @property
     def standard_share(self) -> float:
-        """Share of tokens that get a first pass: the budget less what the further passes take."""
+        """Share of tokens with room in a first pass: the budget less what the further passes take."""
         return self.compute_budget - self.deep_share - self.ultra_deep_share
 
 

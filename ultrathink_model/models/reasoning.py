@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,23 +23,27 @@ MAX_PASSES = len(PATHS) - 1
 
 # Sizes that the share of routed tokens takes while it is annealed: few, since each is compiled anew.
 ANNEALING_LEVELS = 6
+# Share of a row's room that the thresholds aim to fill: rows differ, and a full one turns tokens away.
+FILLED = 0.94
 
 
 class DepthRouter(nn.Module):
     """Mixture-of-Depths with further passes for the hardest tokens.
 
-    A linear router gives each token a logit. In training, the tokens of each row with the highest logits make a first
-    pass of the block, among themselves; of these the highest make a second, and of these a third. A pass changes the
-    state by `gate · residual(state)`, so that the router learns from the language loss: the first pass's gate is
+    A linear router gives each token a logit. The tokens whose logit exceeds a threshold make a first pass of the block,
+    among themselves; of these, those above a second threshold make another, and those above a third a third. So the choice
+    never depends on later tokens. In training, a pass has room for a fixed share of each row, which keeps shapes
+    static: where more tokens ask for it, those with the highest logits get it, and where fewer do, the rest of the room
+    is computed for nothing. Each step sets the thresholds so that the tokens of a row nearly fill the room.
+
+    A pass changes the state by `gate · residual(state)`, so that the router learns from the language loss: the first pass's gate is
     `2 σ(logit)`, a further one's `tanh(strength) · 2 σ(logit)`. The router starts at zero and so do the strengths:
     every first gate is 1 and every further one 0, which is the dense model. Keys and values are those of the first
     pass; further passes read them again. Tokens that are passed over have none in this block.
 
-    Outside of training the choice may not depend on later tokens: a token makes the passes whose thresholds its logit
-    exceeds. The thresholds are the logits at which training's choices of the last step were cut off.
-
     After Raposo et al. 2024 (Mixture-of-Depths, arXiv 2404.02258), with the shared keys of Bae et al. 2025
-    (Mixture-of-Recursions, arXiv 2507.10524). Theirs routes causally by a second predictor; ours by thresholds.
+    (Mixture-of-Recursions, arXiv 2507.10524). Theirs trains on the highest of each row, however high, and routes causally
+    by a second predictor; with ours, training and generation differ only where a row asks for more than its room.
     """
 
     thresholds: Tensor
@@ -156,32 +160,38 @@ class DepthRouter(nn.Module):
             return _Choice(None, tokens)
         index = chosen.logical_not().byte().argsort(dim=1, stable=True)[:, :most]
         valid = torch.arange(most, device=index.device) < numbers
-        return _Choice(index, replace(tokens.select(index), valid=valid), padding=~valid)
+        return _Choice(index, tokens.select(index, last_padded=~valid), padding=~valid)
 
     def _choose_share(self, depth: int, row_length: int, logits: Tensor, tokens: Tokens) -> "_Choice":
-        """The tokens of each row with the highest logits; as many as the share says, so that shapes are static."""
-        share = self.shares[depth]
-        number = min(max(round(share * row_length), 1), logits.shape[1]) if share else 0
-        counts = {}
-        if number == logits.shape[1]:
-            index, chosen = None, tokens
-        else:
-            ranked = logits.detach()
-            if tokens.valid is not None:
-                ranked = ranked.masked_fill(~tokens.valid, -math.inf)
-            highest = ranked.topk(number + 1, dim=1)
-            index = highest.indices[:, :number].sort(dim=1).values
-            chosen = tokens.select(index)
-            if number:
-                cut = highest.values[:, number - 1 :].mean(dim=1)
-                counts[f"dre/cut_rows/{depth}"] = cut.isfinite().sum().float()
-                counts[f"dre/cut/{depth}"] = cut.where(cut.isfinite(), 0.0).sum()
-        counts[f"dre/passes/{depth}"] = _count(chosen, logits[:, :number])
-        return _Choice(index, chosen, counts=counts)
+        """The tokens of each row above the threshold, as many as have room, with others behind them to fill it."""
+        share, width = self.shares[depth], logits.shape[1]
+        room = min(max(round(share * row_length), 1), width) if share else 0
+        if room == width:
+            return _Choice(None, tokens, counts={f"dre/passes/{depth}": _count(tokens, logits)})
+        if room == 0:
+            index = torch.zeros_like(logits[:, :0], dtype=torch.int64)
+            return _Choice(index, tokens.select(index), counts={f"dre/passes/{depth}": logits.new_zeros(())})
+        ranked = logits.detach()
+        if tokens.valid is not None:
+            ranked = ranked.masked_fill(~tokens.valid, -math.inf)
+        highest = ranked.topk(room + 1, dim=1)
+        threshold = self.thresholds[depth]
+        # Before the first choice of this pass there is no threshold to keep to.
+        padding = highest.values[:, :room] <= threshold.where(threshold.isfinite(), -math.inf)
+        index, order = (highest.indices[:, :room] + width * padding).sort(dim=1)
+        index, padding = index % width, padding.gather(1, order)
+        aim = max(1, math.ceil(FILLED * room))
+        cut = highest.values[:, aim - 1 : aim + 1].mean(dim=1)
+        counts = {
+            f"dre/passes/{depth}": padding.logical_not().sum().float(),
+            f"dre/cut_rows/{depth}": cut.isfinite().sum().float(),
+            f"dre/cut/{depth}": cut.where(cut.isfinite(), 0.0).sum(),
+        }
+        return _Choice(index, tokens.select(index, last_padded=padding), padding, counts)
 
     @torch.no_grad()
     def end_step(self, counts: dict[str, Tensor]) -> None:
-        """Sets each threshold to the mean logit at which the finished step's rows were cut off."""
+        """Sets each threshold to the mean logit that would have filled the finished step's rows as far as is aimed at."""
         for depth, share in enumerate(self.shares):
             rows = counts.get(f"dre/cut_rows/{depth}")
             if rows is not None:

@@ -12,7 +12,8 @@ class Tokens:
     """Positions, documents and validity of a (batch, seq) grid of tokens, in the order of their rows.
 
     `positions` grow along a row. `document_ids` of None means that each row is one document, `valid` of None
-    that there is no padding, `source_groups` of None that no source is tagged with an expert group.
+    that there is no padding, `source_groups` of None that no source is tagged with an expert group. `width` is that of
+    the grid that these tokens were selected from, None for a whole one.
     """
 
     positions: Int[Tensor, "#batch seq"]
@@ -20,22 +21,35 @@ class Tokens:
     valid: Bool[Tensor, "batch seq"] | None = None
     source_groups: Int[Tensor, "batch seq"] | None = None
     sliding_window: int | None = None
+    width: int | None = None
     # Holds the mask once it is made. `cached_property` has a lock, which torch.compile does not enter.
     _self_mask: list[Tensor | None] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def select(self, index: Int[Tensor, "batch chosen"]) -> "Tokens":
-        """The tokens at `index` of each row, which must be in rising order."""
+    def select(
+        self, index: Int[Tensor, "batch chosen"], last_padded: Bool[Tensor, "batch chosen"] | None = None
+    ) -> "Tokens":
+        """The tokens at `index` of each row, which must be in rising order.
+
+        Args:
+            index: Columns.
+            last_padded: The last of each row, in any order, that stand for no token.
+        """
 
         def chosen(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.expand(index.shape[0], -1).gather(1, index)
 
-        return replace(
+        selected = replace(
             self,
             positions=self.positions.expand(index.shape[0], -1).gather(1, index),
             document_ids=chosen(self.document_ids),
-            valid=chosen(self.valid),
+            valid=chosen(self.valid) if last_padded is None else ~last_padded,
             source_groups=chosen(self.source_groups),
+            width=self.width or self.positions.shape[1],
         )
+        if last_padded is not None and self.document_ids is None and self.valid is None and self._window_reaches_all:
+            # No token looks at what comes behind it, so the triangle keeps them from that padding.
+            selected._self_mask.append(None)
+        return selected
 
     @property
     def self_mask(self) -> Bool[Tensor, "batch 1 seq seq"] | None:
@@ -52,7 +66,7 @@ class Tokens:
 
     @property
     def _window_reaches_all(self) -> bool:
-        return self.sliding_window is None or self.sliding_window >= self.positions.shape[1]
+        return self.sliding_window is None or self.sliding_window >= (self.width or self.positions.shape[1])
 
     def mask_over(self, keys: "Tokens") -> Bool[Tensor, "batch 1 seq keys"]:
         """Which of `keys` each token may look at: its past, its document, its window, and no padding.

@@ -137,6 +137,7 @@ def routing_charts(stages: Sequence[Stage]) -> list[LineChart]:
     for title, metric, unit, levels in (
         ("Reasoning compute", "train/dre/compute", "passes per token", _budgets(stages)),
         ("Fullest expert", "train/moe/max_load", "times its fair share", [Level("fair", 1.0)]),
+        ("Emptiest expert", "train/moe/min_load", "times its fair share", [Level("fair", 1.0)]),
         ("Router entropy", "train/moe/entropy", "share of an even choice's", []),
         ("Dropped tokens", "train/moe/dropped", "share of tokens", []),
     ):

@@ -13,7 +13,7 @@ PATHS = ("fast", "standard", "deep", "ultra_deep")
 def routing_metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
     """The numbers that are logged at a step.
 
-    `train/moe/max_load` is the fullest expert's load in units of its fair share; `train/moe/group_share/<group>` the
+    `train/moe/max_load` and `min_load` are the fullest and the emptiest expert's load in units of its fair share; `train/moe/group_share/<group>` the
     share of that group's sources that its own experts took.
 
     Args:
@@ -23,6 +23,7 @@ def routing_metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
     if "moe/load" in statistics:
         load = statistics["moe/load"]  # (mixture layers, experts)
         metrics["train/moe/max_load"] = float(load.max()) * load.shape[-1]
+        metrics["train/moe/min_load"] = float(load.min()) * load.shape[-1]
         groups = zip(MoEConfig().group_sizes, statistics["moe/group_share"].diagonal().tolist(), strict=True)
         metrics |= {f"train/moe/group_share/{group}": share for group, share in groups if not math.isnan(share)}
     if "dre/paths" in statistics:
