@@ -41,7 +41,7 @@ def balance(steps: int, overrides: list[str]) -> None:
     settings = [MIXTURE, f"training.max_steps={steps}", "training.seed=1", *overrides]
     scratch = f"experts_scratch_{_tag(overrides)}{steps}"
     describe(scratch, trained(scratch, *settings)[0])
-    dense = trained("dense_100_1", "training.max_steps=100", "training.seed=1")[0]
+    dense = trained("dense_tiny_100_1", "training.max_steps=100", "training.seed=1")[0]
     upcycled = f"experts_upcycled_{_tag(overrides)}{steps}"
     describe(upcycled, trained(upcycled, *settings, init_from=Path(dense.final_model))[0])
 

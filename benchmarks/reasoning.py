@@ -1,6 +1,7 @@
 """What the reasoning engine buys on real text: its loss for three quarters of the dense model's training FLOPs.
 
     python benchmarks/reasoning.py                    # three seeds; about 15 minutes on one core
+    python benchmarks/reasoning.py --size micro       # a model of half the width on half the context: 5 minutes
     python benchmarks/reasoning.py --seeds 1 --steps 200 --override dre.compute_budget=0.4
 
 For each seed the dense model is trained on `sotu`, then the same model with the engine, from scratch, for as many steps
@@ -28,7 +29,17 @@ from ultrathink_model.models.reasoning import DepthRouter
 from ultrathink_model.models.transformer import Transformer, build_model
 
 SHARE_OF_FLOPS = 0.75
+# A step after every warm-up.
+LATE = 10**9
 ENGINE = ["advanced.enable_dre=true"]
+SIZES = {
+    "tiny": [],
+    "micro": [
+        *("model.hidden_size=128", "model.intermediate_size=352", "model.max_seq_length=128"),
+        # Fewer held-out documents: the whole split is read after each run.
+        "data.validation_every=40",
+    ],
+}
 
 
 def flops_by_step(config: Config) -> Callable[[int], int]:
@@ -60,6 +71,16 @@ def affordable_steps(config: Config, budget: float) -> int:
     return steps
 
 
+def depth_of_same_cost(config: Config, size: list[str]) -> int:
+    """The number of blocks with which a dense model's step costs most nearly what one with the engine does at last."""
+    cost = flops_by_step(config)(LATE)
+    depths = {
+        depth: flops_by_step(tiny_config("dense", *size, f"model.num_layers={depth}"))(LATE)
+        for depth in range(1, config.model.num_layers + 1)
+    }
+    return min(depths, key=lambda depth: abs(depths[depth] - cost))
+
+
 @torch.no_grad()
 def agreement(name: str, manifest: DataManifest, sequences: int = 128) -> tuple[float, float]:
     """How generation's routing compares with training's on held-out text.
@@ -68,7 +89,7 @@ def agreement(name: str, manifest: DataManifest, sequences: int = 128) -> tuple[
         The share of tokens, over all routed blocks, with the same number of passes, and the ratio of the perplexities.
     """
     model = load_model(folder_of(name).final_model)
-    model.begin_step(10**9)
+    model.begin_step(LATE)
     same = total = 0.0
     losses = {True: 0.0, False: 0.0}
     tokens = 0
@@ -106,7 +127,7 @@ def train_step(model: Transformer) -> Callable[[], None]:
 
 def speed_ratios(dense: Transformer, routed: Transformer, rounds: int = 7) -> tuple[float, float]:
     """Medians of the engine's seconds over the dense model's, alternating: a training step, and 128 tokens written."""
-    routed.begin_step(10**9)
+    routed.begin_step(LATE)
     prompt = torch.randint(dense.config.model.vocab_size, (8, 64))
     ratios: list[tuple[float, float]] = []
     for _ in range(rounds):
@@ -122,35 +143,36 @@ def main() -> None:
     """Trains what is missing, measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--steps", type=int, default=100, help="steps of the dense run")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
     parser.add_argument("--tag", default="engine", help="name of these settings in the names of the runs")
     parser.add_argument("--control", action="store_true", help="train the shallower dense model too")
     options = parser.parse_args()
 
+    size, tail = SIZES[options.size], f"{options.size}_{options.steps}"
     engine = [*ENGINE, *options.override]
-    dense_total = options.steps * flops_by_step(tiny_config("dense"))(0)
-    budget = SHARE_OF_FLOPS * dense_total
-    runs = {options.tag: (engine, affordable_steps(tiny_config(options.tag, *engine), budget))}
+    dense_total = options.steps * flops_by_step(tiny_config("dense", *size))(0)
+    runs = {options.tag: engine}
     if options.control:
-        shallow = ["model.num_layers=3"]
-        runs["shallow"] = (shallow, affordable_steps(tiny_config("shallow", *shallow), budget))
-    print(f"dense: {options.steps} steps, {dense_total / 1e12:.3f} TFLOPs")
-    for name, (_, steps) in runs.items():
-        print(f"{name}: {steps} steps for {SHARE_OF_FLOPS:.0%} of these")
+        depth = depth_of_same_cost(tiny_config(options.tag, *size, *engine), size)
+        runs[f"dense{depth}"] = [f"model.num_layers={depth}"]
+    budget = SHARE_OF_FLOPS * dense_total
+    steps = {name: affordable_steps(tiny_config(name, *size, *overrides), budget) for name, overrides in runs.items()}
+    print(f"dense: {options.steps} steps, {dense_total / 1e12:.3f} TFLOPs; for {SHARE_OF_FLOPS:.0%} of these {steps}")
     for seed in options.seeds:
-        base = [f"training.seed={seed}"]
-        dense, manifest = trained(f"dense_{options.steps}_{seed}", *base, f"training.max_steps={options.steps}")
+        base = [*size, f"training.seed={seed}"]
+        dense, manifest = trained(f"dense_{tail}_{seed}", *base, f"training.max_steps={options.steps}")
         print(f"seed {seed}: dense {dense.metrics['val/loss']:.4f}", flush=True)
-        for name, (overrides, steps) in runs.items():
-            folder = f"{name}_{options.steps}_{seed}"
-            result, _ = trained(folder, *base, *overrides, f"training.max_steps={steps}")
+        for name, overrides in runs.items():
+            folder = f"{name}_{tail}_{seed}"
+            result, _ = trained(folder, *base, *overrides, f"training.max_steps={steps[name]}")
             gain = result.metrics["val/loss"] - dense.metrics["val/loss"]
             print(f"seed {seed}: {name} {result.metrics['val/loss']:.4f} ({gain:+.4f})", flush=True)
             if name == options.tag:
                 same, ratio = agreement(folder, manifest)
                 print(f"  passes as in training {same:.2%} of tokens, perplexity {ratio:.4f} of training's", flush=True)
-    models = [load_model(folder_of(f"{name}_{options.steps}_{seed}").final_model) for name in ("dense", options.tag)]
+    models = [load_model(folder_of(f"{name}_{tail}_{seed}").final_model) for name in ("dense", options.tag)]
     training, writing = speed_ratios(models[0], models[1])
     print(f"seconds over the dense model's: training step {training:.3f}, generation {writing:.3f}")
 
