@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +19,17 @@ from ultrathink_model.errors import UltrathinkError
 from ultrathink_model.tracking.metrics import read_metrics
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["forked_runs"])
+
+
+def start_server() -> None:
+    """Has the process that is forked from import what the runs need, once; it looks where PYTHONPATH says alone."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    CONTEXT.set_forkserver_preload(["forked_runs"])
+    forkserver.ensure_running()
+    del os.environ["PYTHONPATH"]
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
 
 
 class Hook:
@@ -30,6 +41,7 @@ class Hook:
 
 def start(config: Config, manifest: DataManifest, ranks: int = 1, hook: Hook | None = None) -> list[BaseProcess]:
     """Starts the ranks of a run."""
+    start_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -124,6 +124,7 @@ def restore(trainer: Trainer, point: ResumePoint) -> None:
         "average": saved.get("ema_decay") is not None,
         "spikes": saved.get("spike_deviations") is not None,
     }
+    trainer.measured = dict(point.manifest.metrics)
     load_tensors(point.folder, {name: part for name, part in tensors.items() if has_part.get(name, True)})
     trainer.strategy.load_state_dict({name: tensors[name] for name in ("model", "optimizer")})
     if trainer.average is not None and not has_part["average"]:

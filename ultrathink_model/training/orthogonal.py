@@ -47,5 +47,5 @@ def orthogonalise_over_ranks(matrices: Float[Tensor, "batch rows columns"]) -> F
     padded = own.new_zeros(share, *matrices.shape[1:])
     padded[: own.shape[0]] = own
     gathered = padded.new_empty(share * world_size, *matrices.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    dist.all_gather_single(gathered, padded)
     return gathered[:count]

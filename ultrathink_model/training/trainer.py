@@ -27,7 +27,7 @@ from ultrathink_model.training.schedule import learning_rate_factor, set_learnin
 from ultrathink_model.training.signals import StopSignals
 from ultrathink_model.training.spikes import SpikeDetector
 from ultrathink_model.training.throughput import Throughput
-from ultrathink_model.training.watch import RankWatch
+from ultrathink_model.training.watch import OPTIMIZER, RankWatch
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Trainer:
     Attributes:
         position: How far the run is; checkpoints hold it.
         record: What the last step measured; None before the first.
-        measured: The figures that were logged at this step; empty at most steps.
+        measured: The figures that were logged at this step, by this start or the one before; empty at most steps.
         callbacks: Called after each step, in this order.
         average: The mean of the weights, where `training.ema_decay` asks for it.
         throughput: What the device could do at its best; None where nobody asked.
@@ -139,7 +139,7 @@ class Trainer:
 
     def _steps(self) -> Ending:
         while not self.is_last_step:
-            self._watch.note("the data")
+            self._watch.note("to read the data")
             micro_batches = next(self._batches)
             tokens, is_signalled, is_late = self._agree(micro_batches)
             if is_signalled or is_late:
@@ -189,6 +189,7 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[Batch], tokens: int) -> None:
         step, training = self.position.step, self.config.training
+        self.measured = {}
         factor = learning_rate_factor(training, step + 1, self.length.planned_steps)
         set_learning_rate(self.strategy.optimizer, factor)
         self.model.begin_step(step)
@@ -203,7 +204,7 @@ class Trainer:
             record.loss_sum += output.loss_sum.detach()
             for name, value in output.aux_losses.items():
                 record.aux_sums[name] = record.aux_sums.get(name, 0) + value.detach()
-        self._watch.note("the optimizer")
+        self._watch.note(OPTIMIZER)
         if self.scaler:
             self.scaler.unscale(self.model)
         record.gradient_norm = self.strategy.gradient_norm_and_clip(training.gradient_clipping)
@@ -277,7 +278,7 @@ class Trainer:
         seconds = time.perf_counter() - self._started
         is_late = self.length.max_seconds is not None and seconds >= self.length.max_seconds
         tokens = sum(batch.num_tokens for batch in micro_batches)
-        self._watch.note("the other ranks")
+        self._watch.note("to count tokens with the other ranks")
         # In host memory: no rank waits for its device to hear of the others.
         votes = all_reduce_sum(torch.tensor([tokens, self._signals.received is not None, is_late])).tolist()
         return votes[0], votes[1] > 0, votes[2] > 0

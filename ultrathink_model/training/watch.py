@@ -18,6 +18,8 @@ from ultrathink_model.errors import DistributedError
 from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
 
 FOLDER = ".ranks"
+# The part that each step has once.
+OPTIMIZER = "the optimizer's step"
 # A part of a step may take this many times the longest one so far.
 SLACK = 10.0
 # Kernels are chosen and buffers made in the first steps, which prove nothing about the others.
@@ -84,7 +86,7 @@ class RankWatch:
         now = time.monotonic()
         if self._part and self._steps >= UNWATCHED_STEPS:
             self._longest = max(self._longest, now - self._noted)
-        self._steps += part == "the optimizer"
+        self._steps += part == OPTIMIZER
         self._count, self._part, self._noted = self._count + 1, part, now
 
     def rest(self) -> None:
@@ -159,7 +161,7 @@ def describe_hang(sightings: dict[int, Sighting], world_size: int, seconds: floa
         named = f"{_ranks(silent)} does not answer (it is stopped, or its interpreter is held)"
         stacks = ""
     else:
-        named = f"{_ranks([sighting.rank for sighting in hanging])} hangs in {hanging[0].part}"
+        named = f"{_ranks([sighting.rank for sighting in hanging])} hangs after it began {hanging[0].part}"
         stacks = "".join(f"\nrank {sighting.rank} stands at:\n{sighting.stack}" for sighting in hanging)
     return (
         f"{named}, and the others have waited {seconds:.0f} s for it. Start the same command again to go on from the "

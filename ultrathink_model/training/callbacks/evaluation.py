@@ -45,9 +45,11 @@ class EvaluationCallback(Callback):
         self._at_start = at_start
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Measures the model that the run starts from."""
+        """Measures the model that the run starts from, or what a signal kept the start before from measuring."""
         if self._at_start:
             self._evaluate(trainer, None)
+        elif trainer.position.step and "val/loss" not in trainer.measured:
+            self.on_step_end(trainer)
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Measures where it is due."""

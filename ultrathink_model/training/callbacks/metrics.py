@@ -113,7 +113,7 @@ class MetricsCallback(Callback):
         self._logged_clock = trainer.training_clock
 
     def _write(self, trainer: Trainer) -> None:
-        trainer.measured = dict(self.extra)
+        trainer.measured |= self.extra
         if self.extra and self.writer:
             self.writer.write(trainer.position.step, {"tokens": trainer.position.tokens, **self.extra})
         self.extra.clear()
