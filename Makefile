@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/peers/.installed
 UV_VERSION := 0.13.9
 
 # uv does not read pip's list of local wheel folders: hand it over where it is set.
@@ -56,8 +57,12 @@ format: $(STAMP) ## mend format and what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## measurements against peers, as ratios
+bench: $(PEERS) ## measurements against peers, as ratios
 	@for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+$(PEERS): $(STAMP) benchmarks/peers.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(VENV)/peers --no-deps -r benchmarks/peers.txt
+	@touch $@
 
 docs: $(STAMP) ## write docs/configuration.md from the config models
 	$(BIN)/python -m ultrathink_model.config.describe > docs/configuration.md

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrathink_model.config import Config
+from ultrathink_model.distributed.host_memory import keep_freed_memory
 from ultrathink_model.errors import ConfigError, DistributedError
 
 
@@ -42,12 +43,14 @@ def init_distributed(config: Config) -> RankContext:
     """Joins the other ranks when the environment says that there are any (torchrun, deepspeed, `launch`).
 
     Gloo serves tensors in host memory, NCCL those on a GPU. Each rank takes an equal share of the machine's cores
-    unless `OMP_NUM_THREADS` is set. A second call returns what the first did.
+    unless `OMP_NUM_THREADS` is set, and keeps the memory that it frees. A second call returns what the first did.
 
     Raises:
         ConfigError: Several ranks were started for a config that is not distributed: each would train alone.
         DistributedError: The machine has fewer GPUs than ranks.
     """
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if "RANK" not in os.environ:
         return RankContext(0, 0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultrathink_model.config import Config
+from ultrathink_model.models.blocked_attention import blocked_attention, takes_blocks
 from ultrathink_model.models.norm import RMSNorm
 from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Rotation, Tokens
@@ -64,6 +65,8 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.num_kv_heads != self.num_heads
+        if self.fused_kernels and mask is None and takes_blocks(query):
+            return blocked_attention(query, key, value)
         if self.fused_kernels:
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
         with sdpa_kernel(SDPBackend.MATH):

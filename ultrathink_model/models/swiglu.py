@@ -14,8 +14,12 @@ def swiglu(
 ) -> Float[Tensor, "*rows half"]:
     """`silu(gate) · up` of the two halves of the last axis (Shazeer 2020, arXiv 2002.05202), times `scale`.
 
-    Autograd would keep `silu(gate)` as well, and the product before it is scaled.
+    Autograd would keep `silu(gate)` as well, and the product before it is scaled. A compiler knows that by itself.
     """
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        return inner if scale is None else inner * scale
     return _SwiGLU.apply(gate_up, scale)
 
 
@@ -36,5 +40,8 @@ class _SwiGLU(torch.autograd.Function):
         if scale is not None:
             scale_grad = (grad * up).mul_(active).sum(dim=-1, keepdim=True)
             grad = grad * scale
-        gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat((gate_grad, active.mul_(grad)), dim=-1), scale_grad
+        gate_up_grad = torch.empty_like(gate_up)
+        gate_grad, up_grad = gate_up_grad.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=gate_grad)
+        torch.mul(active, grad, out=up_grad)
+        return gate_up_grad, scale_grad

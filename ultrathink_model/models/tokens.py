@@ -1,10 +1,12 @@
 """What attention and routing must know about each token: where it stands and whom it may see."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -107,5 +109,23 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """Turns (batch, seq, heads, head_dim) by the angle of each position, pairing halves as Qwen3 does."""
-        swapped = x.roll(x.shape[-1] // 2, dims=-1)
-        return torch.addcmul(x * self.cos.to(x.dtype), swapped, self.sin.to(x.dtype))
+        return _Turn.apply(x, self.cos.to(x.dtype), self.sin.to(x.dtype))
+
+
+class _Turn(torch.autograd.Function):
+    """A rotation, whose gradient is turned back by the same angle. Autograd would make the pieces one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).addcmul_(_halves_swapped(x), sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).addcmul_(_halves_swapped(grad), sin, value=-1), None, None
+
+
+def _halves_swapped(x: Tensor) -> Tensor:
+    return x.roll(x.shape[-1] // 2, dims=-1)

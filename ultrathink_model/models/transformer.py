@@ -57,21 +57,27 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """The block on every token, or as deep as the depth router sends each; `rotation` is the whole table."""
         if self.depth_router is None:
-            change, routing = self.residual(x, tokens, rotation, cache)
-            return x + change, routing
+            x = x + self._attended(x, tokens, rotation, cache)
+            update, routing = self._fed_forward(x, tokens)
+            return x + update, routing
         return self.depth_router(self.residual, x, tokens, rotation, cache)
 
     def residual(
         self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens, rotation: Rotation, cache: LayerCache | None = None
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """What one pass of the block adds to the residual stream."""
-        attended = self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
-        normed = self.feed_forward_norm(x + attended)
-        if isinstance(self.feed_forward, MixtureOfExperts):
-            update, routing = self.feed_forward(normed, tokens)
-        else:
-            update, routing = self.feed_forward(normed), Routing()
+        attended = self._attended(x, tokens, rotation, cache)
+        update, routing = self._fed_forward(x + attended, tokens)
         return attended + update, routing
+
+    def _attended(self, x: Tensor, tokens: Tokens, rotation: Rotation, cache: LayerCache | None) -> Tensor:
+        return self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
+
+    def _fed_forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            return self.feed_forward(normed, tokens)
+        return self.feed_forward(normed), Routing()
 
 
 class Transformer(nn.Module):

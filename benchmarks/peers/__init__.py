@@ -1,0 +1,1 @@
+"""What the benchmarks share: contenders that take turns, and the peers among them."""

@@ -1,0 +1,59 @@
+"""Contenders that take turns in one process, and the ratios of their times."""
+
+import time
+from collections.abc import Callable, Iterable
+from statistics import median
+
+import torch
+from greenlet import getcurrent, greenlet
+
+Step = Callable[[], object]
+Loop = Callable[[Callable[[], None]], None]
+
+
+class LoopSteps:
+    """A training loop of somebody's own as a function that does one step of it.
+
+    The loop runs in a greenlet: in the same thread, and so with the same memory and threads as its rivals.
+
+    Args:
+        loop: Runs the whole loop; it is given a function to call after each step, which waits for the next turn.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = greenlet(lambda: loop(self._pass_on))
+
+    def __call__(self) -> None:
+        """Lets the loop go on until its next step is done."""
+        self._main = getcurrent()
+        self._loop.switch()
+
+    def _pass_on(self) -> None:
+        self._main.switch()
+
+
+def alternate(contenders: dict[str, Step], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each contender's step in each round; the order turns from round to round."""
+    names = list(contenders)
+    for name in names:
+        for _ in range(warmup):
+            contenders[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            began = time.perf_counter()
+            contenders[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:
+    """The median over rounds of the ratio within a round: what slows the machine for a while slows both."""
+    return median(top / bottom for top, bottom in zip(numerator, denominator, strict=True))
+
+
+def square_product(size: int = 2048) -> tuple[Step, int]:
+    """A step that is one float32 product of square matrices, and its operations: the machine's peak."""
+    left, right, out = (torch.randn(size, size) for _ in range(3))
+    return lambda: torch.mm(left, right, out=out), 2 * size**3
