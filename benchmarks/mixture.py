@@ -36,7 +36,7 @@ def dense_step(num_tokens: int) -> Step:
     """The dense layer of as many operations per token."""
     layer = our_layer(our_config(*LAYER, "advanced.enable_moe=false"))
     assert isinstance(layer, FeedForward)
-    return forward_and_backward(layer, lambda x: layer(x), num_tokens)
+    return forward_and_backward(layer, layer, num_tokens)
 
 
 def our_step(num_tokens: int) -> Step:

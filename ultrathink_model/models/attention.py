@@ -1,6 +1,6 @@
 """Causal self-attention with grouped queries and normalised queries and keys."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Rotation, Tokens
 
 
+@runtime_checkable
 class LayerCache(Protocol):
     """The keys and values that one attention layer keeps between calls."""
 

@@ -33,7 +33,7 @@ class _Shaped:
         return item[0]
 
 
-Bool = Float = Int = _Shaped
+Bool = Float = Int = UInt8 = _Shaped
 '''
 REPLACED_IMPORTS = (
     (re.compile(r"^from jaxtyping import", re.MULTILINE), f"from .{ANNOTATIONS_MODULE} import"),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from jaxtyping import Int
+from jaxtyping import UInt8
 from torch import Tensor
 
 
@@ -17,7 +17,7 @@ class Routing:
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
-    passes: tuple[Int[Tensor, "batch seq"], ...] = ()
+    passes: tuple[UInt8[Tensor, "batch seq"], ...] = ()
 
     def merge(self, other: "Routing") -> "Routing":
         """Both reports together; what both name is added."""

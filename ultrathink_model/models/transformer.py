@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ class ModelOutput:
     logits: Float[Tensor, "batch seq vocab"] | None = None
     loss_sum: Float[Tensor, ""] | None = None
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
-    passes: tuple[Int[Tensor, "batch seq"], ...] = ()
+    passes: tuple[UInt8[Tensor, "batch seq"], ...] = ()
 
 
 class Block(nn.Module):
@@ -57,27 +57,21 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """The block on every token, or as deep as the depth router sends each; `rotation` is the whole table."""
         if self.depth_router is None:
-            x = x + self._attended(x, tokens, rotation, cache)
-            update, routing = self._fed_forward(x, tokens)
-            return x + update, routing
+            change, routing = self.residual(x, tokens, rotation, cache)
+            return x + change, routing
         return self.depth_router(self.residual, x, tokens, rotation, cache)
 
     def residual(
         self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens, rotation: Rotation, cache: LayerCache | None = None
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """What one pass of the block adds to the residual stream."""
-        attended = self._attended(x, tokens, rotation, cache)
-        update, routing = self._fed_forward(x + attended, tokens)
-        return attended + update, routing
-
-    def _attended(self, x: Tensor, tokens: Tokens, rotation: Rotation, cache: LayerCache | None) -> Tensor:
-        return self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
-
-    def _fed_forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
-        normed = self.feed_forward_norm(x)
+        attended = self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
+        normed = self.feed_forward_norm(x + attended)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            return self.feed_forward(normed, tokens)
-        return self.feed_forward(normed), Routing()
+            update, routing = self.feed_forward(normed, tokens)
+        else:
+            update, routing = self.feed_forward(normed), Routing()
+        return attended + update, routing
 
 
 class Transformer(nn.Module):
