@@ -3,6 +3,7 @@
 python run.py --workflow prototype
 python run.py --workflow production --profile small --override training.max_steps=2000
 python run.py plan --profile large --device a100-80gb --ranks 8
+python run.py doctor
 """
 
 import functools
@@ -22,6 +23,7 @@ WORKFLOWS = {
 # Commands beside the workflows, each with flags of its own (`run.py plan --help`).
 COMMANDS = {
     "plan": ("ultrathink_model.planning.command", ("pydantic", "yaml")),
+    "doctor": ("ultrathink_model.doctor", ("pydantic", "yaml", "psutil", "packaging")),
 }
 PROFILES = ("auto", "tiny", "small", "medium", "large")
 
