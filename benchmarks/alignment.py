@@ -134,7 +134,7 @@ def raise_sentiment(arguments: argparse.Namespace, config: Config) -> None:
         f"output.output_dir={arguments.output}/sentiment_{arguments.seed}",
         "training.resume=never",
         "rlhf.rewards=[{name: sentiment, kind: callable, source: 'sentiment:compound', weight: 2.0}]",
-        "rlhf.num_pairs=256",
+        "rlhf.num_pairs=160",
         "rlhf.rlhf_iterations=14",
         "rlhf.response_tokens=24",
         "evaluation.num_generations=6",
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--data", default="./outputs/data")
     parser.add_argument("--fold", type=int, choices=range(FOLDS), default=0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3, help="folds or seeds, one after the other")
+    parser.add_argument("--repeats", type=int, help="folds or seeds, one after the other")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--uses", type=int, default=2, help="most pairs that an answer stands in")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -181,9 +181,9 @@ def main() -> None:
     config = load_config(
         ROOT / "configs/train_tiny.yaml", [f"data.cache_dir={arguments.data}", "logging.use_mlflow=false"]
     )
-    key, task = ("fold", rank_pairs) if arguments.task == "pairs" else ("seed", raise_sentiment)
+    key, task, repeats = ("fold", rank_pairs, 2) if arguments.task == "pairs" else ("seed", raise_sentiment, 3)
     first = getattr(arguments, key)
-    for number in range(first, first + arguments.repeats):
+    for number in range(first, first + (arguments.repeats or repeats)):
         setattr(arguments, key, number)
         task(arguments, config)
 

@@ -162,6 +162,33 @@ def test_local_model_criticises(small, manifest, dense_folder):
     assert result.metrics["constitutional/preferences"] == 0
 
 
+def test_rounds_epochs_and_batches_are_those_of_the_config(small, manifest, dense_folder):
+    with chat_server(likes_length) as server:
+        settings = {
+            "critic": "endpoint",
+            "critic_model": "judge",
+            "critic_url": server.url,
+            "label_preferences": "false",
+        }
+        sizes = {"num_prompts": 6, "revisions": 2, "sft_epochs": 3, "sft_batch_size": 4}
+        result = run(small, manifest, dense_folder, **settings, **sizes)
+    revisions = [item for item in lines(result, "revisions.jsonl") if item["is_usable"]]
+    names = [principle.name for principle in load_constitution(None).principles]
+    for item in revisions:
+        assert [turn["principle"] for turn in item["turns"]] == names[item["number"] : item["number"] + 2]
+    assert result.steps == 3 * -(-len(revisions) // 4)
+    assert not (Path(result.output_dir) / "preferences.jsonl").exists()
+
+
+def test_learning_rate_of_the_tuning_is_that_of_the_config(small, manifest, dense_folder, tmp_path):
+    losses = []
+    for rate in (1e-7, 1e-2):
+        elsewhere = override_config(small, [f"output.output_dir={tmp_path / str(rate)}"])
+        result = run(elsewhere, manifest, dense_folder, sft_learning_rate=rate, label_preferences="false", sft_epochs=4)
+        losses.append(result.metrics["constitutional/tuning_loss"])
+    assert losses[1] < losses[0]
+
+
 def test_both_orders_cancel_a_critic_that_always_says_a(small, manifest, dense_folder):
     class AlwaysA:
         def choose(self, texts):

@@ -50,7 +50,9 @@ def train_step(strategy, step):
     strategy.unwrapped.begin_step(step)
     strategy.model.train()
     for index, (x, y) in enumerate(zip(tokens[own].chunk(MICRO_STEPS), labels[own].chunk(MICRO_STEPS), strict=True)):
-        output = strategy.model(x, labels=y)
+        # In every second step no rank has a text that is labelled for harm.
+        harm = x % 1024 if strategy.unwrapped.harm_head is not None and step % 2 == 0 else None
+        output = strategy.model(x, labels=y, harm_labels=harm)
         objective = (output.loss_sum + sum(output.aux_losses.values())) / count
         strategy.backward(objective * strategy.gradient_scale, index == MICRO_STEPS - 1)
         total += output.loss_sum.detach()
@@ -80,7 +82,8 @@ def curve_after_skipped_step(config):
     strategy = prepared_strategy(config)
     tokens, labels = (part.to(strategy.context.device) for part in global_batch(config, 9))
     spoilt = torch.nan if strategy.context.rank == strategy.context.world_size - 1 else 1.0
-    loss = strategy.model(tokens[:2], labels=labels[:2]).loss_sum
+    output = strategy.model(tokens[:2], labels=labels[:2])
+    loss = output.loss_sum + sum(output.aux_losses.values())
     strategy.backward(loss * spoilt, is_last_micro_step=True)
     norm = strategy.gradient_norm_and_clip(1.0)
     assert not torch.isfinite(norm), f"rank {strategy.context.rank} did not hear of it: {norm}"

@@ -33,11 +33,14 @@ CUT = ["distributed.expert_parallel_size=2", *MIXTURE]
 # Capacity is counted in the tokens of one rank, so one process drops others: it is compared over ranks alone.
 CAPACITY = ["moe.expert_capacity=1"]
 
+HARM = ["advanced.enable_constitutional=true"]
+
 # A name's second part says what is trained, whoever trains it.
 STRATEGIES = {
     "ddp": ["distributed.strategy=ddp"],
     "ddp_muon": ["distributed.strategy=ddp", "training.optimizer=muon"],
     "ddp_routed": ["distributed.strategy=ddp", *ROUTED],
+    "ddp_harm": ["distributed.strategy=ddp", *HARM],
     "ddp_mixture": ["distributed.strategy=ddp", *MIXTURE],
     "ddp_capacity": ["distributed.strategy=ddp", *MIXTURE, *CAPACITY],
     "ddpcut_mixture": ["distributed.strategy=ddp", *CUT],
@@ -47,10 +50,12 @@ STRATEGIES = {
     "fsdp": ["distributed.strategy=fsdp"],
     "fsdp_muon": ["distributed.strategy=fsdp", "training.optimizer=muon"],
     "fsdp_routed": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *ROUTED],
+    "fsdp_harm": ["distributed.strategy=fsdp", *HARM],
     "zero1": ["distributed.strategy=deepspeed", "distributed.zero_stage=1"],
     "zero2": ["distributed.strategy=deepspeed", "distributed.zero_stage=2"],
     "zero2_routed": ["distributed.strategy=deepspeed", "distributed.zero_stage=2", *ROUTED],
     "zero3": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}"],
+    "zero3_harm": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}", *HARM],
     "zero3_routed": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}", *ROUTED],
 }
 

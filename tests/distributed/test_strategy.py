@@ -16,7 +16,7 @@ from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import ConfigError, DistributedError
 
-NAMES = ["ddp", "ddp_muon", "ddp_routed", "fsdp", "fsdp_muon", "fsdp_routed"]
+NAMES = ["ddp", "ddp_muon", "ddp_routed", "ddp_harm", "fsdp", "fsdp_muon", "fsdp_routed", "fsdp_harm"]
 
 # Who loads, and who saved.
 LOADS = [("ddp", "ddp"), ("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp_routed", "ddp_routed"), ("fsdp_muon", "ddp_muon")]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from pipelines.production import production_pipeline
 from ultrathink_model.config import load_config
@@ -17,10 +18,9 @@ pytestmark = [
 ]
 
 OVERRIDES = [
-    "advanced.enable_constitutional=true",
     # The critic must read both answers, and a token is hardly more than a letter here.
     "model.max_seq_length=512",
-    "training.max_steps=2",
+    "training.max_steps=20",
     "constitutional.num_prompts=16",
     "constitutional.response_tokens=8",
     "constitutional.holdout_fraction=0.1",
@@ -28,7 +28,9 @@ OVERRIDES = [
 
 
 def test_constitutional_stage_hands_its_model_and_its_preferences_to_rlhf(workspace):
-    done = production_pipeline(config="small.yaml", overrides=OVERRIDES)
+    values = yaml.safe_load((workspace / "small.yaml").read_text())
+    (workspace / "guarded.yaml").write_text(yaml.safe_dump({**values, "advanced": {"enable_constitutional": True}}))
+    done = production_pipeline(config="guarded.yaml", overrides=OVERRIDES)
     assert done.status == "completed"
     assert tuple(sorted(done.steps, key=lambda name: done.steps[name].start_time)) == WORKFLOWS["production"].steps
     folder = workspace / "outputs" / "small" / "production"
@@ -44,5 +46,5 @@ def test_constitutional_stage_hands_its_model_and_its_preferences_to_rlhf(worksp
     evaluation = json.loads((folder / "rlhf" / "evaluation.json").read_text())
     assert any(name.startswith("eval/safety/auc_") for name in evaluation["metrics"])
     assert json.loads((folder / "export" / "config.json").read_text())["architectures"] == ["UltrathinkForCausalLM"]
-    again = production_pipeline(config="small.yaml", overrides=OVERRIDES)
+    again = production_pipeline(config="guarded.yaml", overrides=OVERRIDES)
     assert {str(step.status) for step in again.steps.values()} == {"cached"}

@@ -215,4 +215,9 @@ def _write_preferences(stage: Stage, choices: list[Choice]) -> int:
     lines = [json.dumps(pair, ensure_ascii=False) for pair in pairs]
     write_atomically(stage.folder.preferences_file, "".join(f"{line}\n" for line in lines))
     logger.info("%d of %d choices make a preference pair", len(pairs), len(choices))
+    if len(pairs) < 2:
+        logger.warning(
+            "the critic has next to no preferences, from which no reward model can learn; take another critic, give RLHF "
+            "rlhf.preference_data of its own, or set constitutional.label_preferences=false"
+        )
     return len(pairs)

@@ -22,7 +22,7 @@ from ultrathink_model.errors import CriticError, DataError
 # Prompts that go through the model together; what is done of them is kept before the next are begun.
 BATCH = 16
 # A preference that lies closer to one half than this is rounding.
-INDIFFERENT = 1e-3
+INDIFFERENT = 1e-5
 
 logger = logging.getLogger(__name__)
 
