@@ -60,7 +60,13 @@ def make_run(arguments: argparse.Namespace, folder: Path, **training: Any) -> Co
                 "optimizer": "adamw",
                 **training,
             },
-            "data": {"dataset": "sotu", "tokenizer_name": "train", "cache_dir": str(arguments.folder / "data")},
+            "data": {
+                "dataset": "sotu",
+                "tokenizer_name": "train",
+                "cache_dir": str(arguments.data or arguments.folder / "data"),
+                # Three speeches: a run ends with a validation on all that is held out, which nobody here waits for.
+                "validation_every": 60,
+            },
             "evaluation": {"eval_samples": EVAL_SEQUENCES, "eval_frequency": 99},
             "logging": {"use_mlflow": False, "log_steps": 1, "log_level": "INFO"},
             "output": {"output_dir": str(folder)},
@@ -214,6 +220,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="7M")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", type=Path, help="folder of prepared data, to prepare them only once")
     parser.add_argument("--compile", action="store_true", help="peers: compiled runs too")
     arguments = parser.parse_args()
     logging.getLogger("ultrathink_model").setLevel(logging.WARNING)

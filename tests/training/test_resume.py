@@ -168,6 +168,16 @@ def test_never_starts_anew_and_keeps_the_old_run_aside(train_tiny, tmp_path):
     assert "goes on" not in (tmp_path / "run" / "training.log").read_text()
 
 
+def test_a_changed_config_in_the_same_folder_is_shown_and_begins_anew(train_tiny, tmp_path):
+    train_tiny("training.max_steps=2")
+    _, rows = train_tiny("training.max_steps=3", "training.learning_rate=2.0e-2", "logging.log_steps=2")
+    assert rows[-1]["step"] == 3
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert "held a run that differs from this one, which begins anew" in log
+    assert "training.learning_rate: 0.01 → 0.02; training.max_steps: 2 → 3. To go on" in log
+    assert (tmp_path / "run" / "previous" / "tiny" / "checkpoint_00000002.pt").is_dir()
+
+
 def test_a_path_goes_on_from_that_checkpoint_with_another_rate(train_tiny, tmp_path):
     train_tiny("training.checkpoint_steps=2", "training.keep_checkpoints=9", "training.schedule=constant")
     path = tmp_path / "run" / "checkpoint_00000004.pt"

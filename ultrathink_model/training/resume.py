@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultrathink_model.config import Config
+from ultrathink_model.config import Config, load_config
 from ultrathink_model.data import DataManifest
-from ultrathink_model.errors import CheckpointError
+from ultrathink_model.errors import CheckpointError, ConfigError
 from ultrathink_model.models.model_folder import existing_folder
-from ultrathink_model.tracking.run_folder import RunFolder, RunIdentity
+from ultrathink_model.tracking.run_folder import NOT_PART_OF_IDENTITY, RunFolder, RunIdentity
 from ultrathink_model.training.checkpoint import (
     MANIFEST,
     CheckpointManifest,
@@ -40,6 +40,9 @@ MOE_ARCHITECTURE = {
     "expert_hidden_size",
 }
 
+# Sections that do not make another run.
+WATCHING = (*NOT_PART_OF_IDENTITY, "output")
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,11 +62,13 @@ class Claim:
         result: What the run came to, when it is finished already; then the folder was left as it is.
         named: The checkpoint that `training.resume` names.
         goes_on: Whether the folder held this same run.
+        changes: Keys in which the run that the folder held differs from this one, each with both values.
     """
 
     result: StageResult | None = None
     named: ResumePoint | None = None
     goes_on: bool = False
+    changes: tuple[str, ...] = ()
 
 
 def claim_folder(
@@ -92,10 +97,11 @@ def claim_folder(
     elif resume != "never":
         named = find_named(Path(resume))
         require_fit(named, config, manifest, global_batch)
+    changes = _changes_of_run(folder, config)
     goes_on = folder.begin(identity, config, fresh=resume == "never")
     (folder.path / RESULT_FILE).unlink(missing_ok=True)
     remove_leftovers(folder.path)
-    return Claim(named=named and _moved(named, folder), goes_on=goes_on)
+    return Claim(named=named and _moved(named, folder), goes_on=goes_on, changes=() if goes_on else changes)
 
 
 def resume_point(
@@ -106,6 +112,14 @@ def resume_point(
     Raises:
         CheckpointError: The newest whole checkpoint does not fit this run.
     """
+    if claim.changes and claim.named is None:
+        logger.warning(
+            "%s held a run that differs from this one, which begins anew; its files are in %s: %s. To go on from its "
+            "state with what can be changed, name its checkpoint: training.resume=PATH",
+            folder.path,
+            folder.path / "previous",
+            "; ".join(claim.changes),
+        )
     if claim.named is not None:
         last = claim.named.manifest.position.step
         # They are of a future that is now lived again; a later start must not go on from them.
@@ -201,6 +215,22 @@ def log_changes(point: ResumePoint, config: Config) -> None:
     """Shows in the log each key whose value the checkpoint was saved with another of."""
     for key, (before, now) in _changes(point.manifest.config, config.model_dump(mode="json")):
         logger.info("changed since %s: %s: %s → %s", point.folder.name, key, before, now)
+
+
+def _changes_of_run(folder: RunFolder, config: Config) -> tuple[str, ...]:
+    """What is different in the config of the run that a folder holds; nothing where there is none that can be read."""
+    if folder.record() is None:
+        return ()
+    try:
+        before = load_config(folder.config_file).model_dump(mode="json")
+    except ConfigError:
+        return ()
+    now = config.model_dump(mode="json")
+    return tuple(
+        f"{key}: {old} → {new}"
+        for key, (old, new) in _changes(before, now)
+        if key.partition(".")[0] not in WATCHING and key != "training.resume"
+    )
 
 
 def _fixed_keys(saved: dict[str, Any], current: dict[str, Any]) -> set[str]:
