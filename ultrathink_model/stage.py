@@ -18,6 +18,7 @@ from ultrathink_model.data.prepare import prepare_data
 from ultrathink_model.distributed.launch import launch
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.evaluation.evaluate import evaluate_model
+from ultrathink_model.evaluation.gates import check_gates
 from ultrathink_model.evaluation.result import EvaluationResult
 from ultrathink_model.models.hf import read_model_config
 from ultrathink_model.reporting import write_report
@@ -89,6 +90,7 @@ def evaluate_stage(
     Raises:
         CheckpointError: The run's folder holds no model.
         TokenizerError: The data were prepared with another tokenizer than the model's.
+        GateError: The model does not keep `evaluation.gates`; all that was found is written all the same.
     """
     folder = RunFolder(config.output.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,6 +98,10 @@ def evaluate_stage(
     _note_metrics(folder, result)
     write_report([folder.path], folder.report_file, run_name)
     _upload(config, folder, run_name, [folder.evaluation_file, folder.report_file, *artifacts])
+    measured: dict[str, float] = {}
+    for row in read_metrics(folder.metrics_file):
+        measured |= row
+    check_gates(config.evaluation.gates, measured | result.metrics, run_name)
     return result
 
 

@@ -185,6 +185,10 @@ def plan_workflow(
     steps = {}
     for number, name in enumerate(names, start=1):
         step_config = configs[stage_of(workflow, name)]
+        if not name.startswith("evaluate_"):
+            # What was trained stays valid when a gate moves.
+            ungated = step_config.evaluation.model_copy(update={"gates": {}})
+            step_config = step_config.model_copy(update={"evaluation": ungated})
         steps[name] = StepPlan(
             name=name,
             number=number,

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ultrathink_model.config.gates import split_bound
 from ultrathink_model.config.section import Section
 
 
@@ -174,6 +175,17 @@ class EvaluationConfig(Section):
     generation_tokens: int = Field(64, ge=1, description="Most tokens in one sample text.")
     temperature: float = Field(0.8, ge=0, description="Sampling temperature of the sample texts; 0 is greedy.")
     top_p: float = Field(0.95, gt=0, le=1, description="Probability mass that the sample texts are drawn from.")
+    gates: dict[str, str] = Field(
+        {},
+        description="Bounds on metrics of the last evaluation or of the run, as in `{eval/safety/caught: '>= 0.9'}`; a model that does not keep them ends the run with exit code 3.",
+    )
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_are_bounds(cls, gates: dict[str, str]) -> dict[str, str]:
+        for bound in gates.values():
+            split_bound(bound)
+        return gates
 
 
 class LoggingConfig(Section):

@@ -44,8 +44,8 @@ NOT_PART_OF_IDENTITY = ("logging", "distributed")
 class RunIdentity(BaseModel):
     """What makes two starts the same run: its name, its first weights and its config.
 
-    The config counts without `logging`, `distributed` and `training.resume`, so that a run can go on with
-    another log level, on another number of ranks, or from a checkpoint named by path.
+    The config counts without `logging`, `distributed`, `training.resume` and `evaluation.gates`, so that a run can go
+    on with another log level, on another number of ranks, from a checkpoint named by path, or under another gate.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -58,7 +58,7 @@ class RunIdentity(BaseModel):
     def of(cls, config: Config, run_name: str, init_from: Path | None = None) -> "RunIdentity":
         """The identity of a run of `config` that starts from the model folder `init_from`, or from a seed."""
         values = config.model_dump(mode="json", exclude={*NOT_PART_OF_IDENTITY, "output"})
-        del values["training"]["resume"]
+        del values["training"]["resume"], values["evaluation"]["gates"]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         return cls(run_name=run_name, init_from=str(init_from.resolve()) if init_from else None, config_hash=digest)
 
