@@ -5,16 +5,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from mlflow import MlflowClient
 
 from ultrathink_model.config import override_config, save_config
 from ultrathink_model.tracking import mlflow as tracking
-from ultrathink_model.tracking.metrics import MetricsWriter
+from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
 from ultrathink_model.tracking.mlflow import MlflowRun
 from ultrathink_model.tracking.run_folder import RunFolder, RunIdentity
 
@@ -115,6 +117,35 @@ def test_server_that_goes_down_in_the_middle_gets_every_step_once(tiny_config, f
     assert history(database, run.run_id) == [(step, 1 / step) for step in range(1, 500)]
     assert MlflowClient(f"sqlite:///{database}").get_run(run.run_id).info.status == "FINISHED"
     stop_server(server)
+
+
+@pytest.mark.parametrize("ailment", ["slow", "full"])
+def test_store_that_never_answers_or_is_full_neither_stops_nor_ends_a_run(tiny_config, folder, caplog, ailment):
+    may_answer = threading.Event()
+
+    class Ailing(BaseHTTPRequestHandler):
+        def answer(self):
+            if ailment == "slow":
+                may_answer.wait(60)
+            self.send_error(507, "Insufficient Storage")
+
+        do_GET = do_POST = answer  # noqa: N815 - the library's names
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ailing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        config = override_config(tiny_config, [f"logging.mlflow_tracking_uri={uri}", "logging.system_metrics=false"])
+        run = MlflowRun.start(config, "run", folder)
+        write_steps(folder, range(1, 101))
+        run.finish(wait_seconds=2)
+        assert f"MLflow at {uri} has not taken 100 lines of metrics" in caplog.text
+        assert "sent when the run is started again" in caplog.text
+        assert len(read_metrics(folder.metrics_file)) == 100
+        may_answer.set()
+        server.shutdown()
 
 
 def test_tracked_process_killed_again_and_again_sends_every_step_once(tiny_config, tmp_path):
