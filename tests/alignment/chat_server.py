@@ -25,23 +25,24 @@ class Reply:
 
 @dataclass
 class ChatServer:
-    """A running server: its address, and the requests that came, as body and headers."""
+    """A running server: its address, what it replies, and the requests that came, as body and headers."""
 
     url: str
-    requests: list[tuple[dict[str, Any], dict[str, str]]]
+    reply: Callable[[int, dict[str, Any]], Reply]
+    requests: list[tuple[dict[str, Any], dict[str, str]]] = field(default_factory=list)
 
 
 @contextmanager
 def chat_server(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[ChatServer]:
     """Serves `reply(number of the request, its body)`."""
-    requests: list[tuple[dict[str, Any], dict[str, str]]] = []
+    running = ChatServer("", reply)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append((body, dict(self.headers)))
+            running.requests.append((body, dict(self.headers)))
             assert self.path == "/v1/chat/completions"
-            done = reply(len(requests) - 1, body)
+            done = running.reply(len(running.requests) - 1, body)
             time.sleep(done.delay)
             answer: dict[str, Any] = {"choices": [{"message": {"role": "assistant", "content": done.text}}]}
             if done.tokens is not None:
@@ -66,8 +67,9 @@ def chat_server(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[ChatS
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
+    running.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:
-        yield ChatServer(f"http://127.0.0.1:{server.server_port}/v1", requests)
+        yield running
     finally:
         server.shutdown()
         server.server_close()

@@ -151,8 +151,28 @@ def test_endpoint_that_fails_is_skipped_or_ends_the_run(small, manifest, dense_f
     assert len(revisions) == 20
     with chat_server(lambda *_: Reply("")) as server, pytest.raises(CriticError, match="none of the 20 revisions"):
         run(small, manifest, dense_folder, critic_url=server.url, **settings)
-    with chat_server(lambda *_: Reply("")) as server, pytest.raises(CriticError, match="no usable revision"):
+    with (
+        chat_server(lambda *_: Reply("")) as server,
+        pytest.raises(CriticError, match="no usable answer about 16 of 16 prompts"),
+    ):
         run(small, manifest, dense_folder, critic_url=server.url, on_bad_answer="error", **settings)
+
+
+def test_bad_answers_that_end_the_run_are_asked_for_again(small, manifest, dense_folder):
+    settings = {"critic": "endpoint", "critic_model": "judge", "on_bad_answer": "error", "critic_retries": 0}
+    with chat_server(lambda number, body: Reply("") if number == 3 else likes_length(number, body)) as server:
+        settings["critic_url"] = server.url
+        with pytest.raises(CriticError, match="1 of 16 prompts"):
+            run(small, manifest, dense_folder, **settings)
+        asked = len(server.requests)
+        written = (Path(small.output.output_dir) / "revisions.jsonl").read_text().splitlines()
+        assert len(written) == 15
+        # One answer about a choice names both letters.
+        server.reply = lambda number, body: Reply("A or B") if number == asked + 30 else likes_length(number, body)
+        with pytest.raises(CriticError, match=r"1 of \d+ prompts"):
+            run(small, manifest, dense_folder, **settings)
+    revisions = (Path(small.output.output_dir) / "revisions.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["number"] for line in revisions}) == len(revisions) == 20
 
 
 def test_local_model_criticises(small, manifest, dense_folder):

@@ -6,14 +6,13 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from ultrathink_model.alignment.constitution import load_constitution, question_text
 from ultrathink_model.alignment.critic import SelfCritic, make_critic
 from ultrathink_model.alignment.learner import Learner
-from ultrathink_model.alignment.revision import Choice, Revision, choose, red_team_prompts, revise
+from ultrathink_model.alignment.revision import Choice, Record, Revision, choose, red_team_prompts, revise
 from ultrathink_model.alignment.revision_tuning import tune
 from ultrathink_model.alignment.safety_answers import measure_answers
 from ultrathink_model.alignment.stage import Stage, held_out_loss, write_result
@@ -39,8 +38,6 @@ from ultrathink_model.training.session import ALONE, StagePlace, mlflow_run, not
 from ultrathink_model.training.signals import StopSignals
 
 TUNING_FILE = "tuning.json"
-
-Record = TypeVar("Record", Revision, Choice)
 
 logger = logging.getLogger(__name__)
 

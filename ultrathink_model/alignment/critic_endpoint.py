@@ -131,7 +131,9 @@ class EndpointCritic:
     def _note_bad(self, problem: str) -> None:
         """Ends the run where the config says so; else the caller goes on without the answer."""
         if self._section.on_bad_answer == "error":
-            raise CriticError(f"{self._where} {problem}. What was answered is kept; start again to go on.")
+            raise CriticError(
+                f"{self._where} {problem}. The prompts that were done before are kept; start again to go on."
+            )
 
     def _safe(self, message: str) -> str:
         return " ".join((message.replace(self._key, "***") if self._key else message).split())

@@ -1,8 +1,8 @@
 """Critique and revision: the model answers red-team prompts, and its critic makes the answers better."""
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,8 +23,6 @@ from ultrathink_model.errors import CriticError, DataError
 BATCH = 16
 # A preference that lies closer to one half than this is rounding.
 INDIFFERENT = 1e-5
-
-logger = logging.getLogger(__name__)
 
 
 class Turn(BaseModel):
@@ -86,6 +84,9 @@ class Choice(BaseModel):
         assert self.second is not None
         chosen, rejected = (self.first, self.second) if self.preference > 0.5 else (self.second, self.first)
         return {"prompt": question_text(self.prompt), "chosen": f" {chosen}", "rejected": f" {rejected}"}
+
+
+Record = TypeVar("Record", Revision, Choice)
 
 
 def red_team_prompts(config: Config) -> list[str]:
@@ -165,8 +166,7 @@ def revise(
             )
             for number, answer in zip(batch, answers, strict=True)
         ]
-        keep(done)
-        _require_usable(done, config)
+        _keep_usable(done, [revision.is_usable for revision in done], keep, config)
 
 
 def choose(
@@ -199,19 +199,18 @@ def choose(
             number: None if first is None or second is None else (first + 1 - second) / 2
             for (number, _, _), first, second in zip(both, *orders, strict=True)
         }
-        keep(
-            [
-                Choice(
-                    number=number,
-                    prompt=prompts[number],
-                    principle=rules[number].name,
-                    first=first,
-                    second=second,
-                    preference=preferences.get(number),
-                )
-                for number, first, second in zip(batch, *sides, strict=True)
-            ]
-        )
+        done = [
+            Choice(
+                number=number,
+                prompt=prompts[number],
+                principle=rules[number].name,
+                first=first,
+                second=second,
+                preference=preferences.get(number),
+            )
+            for number, first, second in zip(batch, *sides, strict=True)
+        ]
+        _keep_usable(done, [choice.preference is not None for choice in done], keep, config)
 
 
 def _draw(number: int, purpose: int) -> int:
@@ -219,10 +218,16 @@ def _draw(number: int, purpose: int) -> int:
     return number * 10_000 + purpose
 
 
-def _require_usable(done: Sequence[Revision], config: Config) -> None:
-    bad = [revision for revision in done if not revision.is_usable]
-    if bad and config.constitutional.on_bad_answer == "error":
-        raise CriticError(
-            f"no usable revision of {len(bad)} of {len(done)} answers, the one to {bad[0].prompt!r} among them; take "
-            "another critic, or set constitutional.on_bad_answer=skip"
-        )
+def _keep_usable(
+    done: list[Record], usable: Sequence[bool], keep: Callable[[list[Record]], None], config: Config
+) -> None:
+    """Keeps a batch. Where a bad answer ends the run only the good ones are kept, and the bad are asked for again."""
+    if config.constitutional.on_bad_answer == "skip" or all(usable):
+        keep(done)
+        return
+    keep([record for record, is_usable in zip(done, usable, strict=True) if is_usable])
+    bad = [record for record, is_usable in zip(done, usable, strict=True) if not is_usable]
+    raise CriticError(
+        f"no usable answer about {len(bad)} of {len(done)} prompts, {bad[0].prompt!r} among them; what could be used is "
+        "kept. Start again to ask once more, take another critic, or set constitutional.on_bad_answer=skip"
+    )
