@@ -2,6 +2,7 @@
 
     python benchmarks/experts.py balance         # 300 steps from scratch, and 300 after upcycling a dense model
     python benchmarks/experts.py groups          # two tagged sources, with and without the group loss
+    python benchmarks/experts.py --size micro    # both, with a model of half the width on half the context
 
 Loads are the last step's, in units of an expert's fair share; the router's entropy is in units of a uniform choice's.
 The two sources are speeches before 1870 and after 1950, tagged to the groups knowledge and skill, half of the training
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from small_runs import FOLDER, folder_of, trained
+from small_runs import FOLDER, SIZES, folder_of, trained
 
 from ultrathink_model.data.sotu import CORPUS_FILE
 from ultrathink_model.training.result import StageResult
@@ -36,31 +37,32 @@ def describe(name: str, result: StageResult) -> None:
     print(f"{name}: loads {layers} times fair, entropy {entropy:.3f}, val/loss {result.metrics['val/loss']:.4f}")
 
 
-def balance(steps: int, overrides: list[str]) -> None:
+def balance(size: str, steps: int, overrides: list[str]) -> None:
     """Trains a mixture from scratch and one from a dense model, and prints how their experts are loaded."""
-    settings = [MIXTURE, f"training.max_steps={steps}", "training.seed=1", *overrides]
-    scratch = f"experts_scratch_{_tag(overrides)}{steps}"
+    settings = [*SIZES[size], MIXTURE, f"training.max_steps={steps}", "training.seed=1", *overrides]
+    scratch = f"experts_scratch_{size}_{_tag(overrides)}{steps}"
     describe(scratch, trained(scratch, *settings)[0])
-    dense = trained("dense_tiny_100_1", "training.max_steps=100", "training.seed=1")[0]
-    upcycled = f"experts_upcycled_{_tag(overrides)}{steps}"
+    dense = trained(f"dense_{size}_150_1", *SIZES[size], "training.max_steps=150", "training.seed=1")[0]
+    upcycled = f"experts_upcycled_{size}_{_tag(overrides)}{steps}"
     describe(upcycled, trained(upcycled, *settings, init_from=Path(dense.final_model))[0])
 
 
-def groups(steps: int, overrides: list[str]) -> None:
+def groups(size: str, steps: int, overrides: list[str]) -> None:
     """Trains on two tagged sources with the group loss and without, and prints where each source's tokens went."""
     sources = [{"dataset": str(_write_era(era)), "weight": 1, "expert_group": ERAS[era][0]} for era in ERAS]
     mixture = f"data.mix_datasets={json.dumps(sources)}"
     for setting in ([], ["moe.group_loss_weight=0"]):
-        run = [MIXTURE, mixture, f"training.max_steps={steps}", "training.seed=1", *overrides, *setting]
-        name = f"groups_{_tag([*overrides, *setting])}{steps}"
+        features = [*SIZES[size], MIXTURE, mixture, "data.validation_every=10"]
+        run = [*features, f"training.max_steps={steps}", "training.seed=1", *overrides, *setting]
+        name = f"groups_{size}_{_tag([*overrides, *setting])}{steps}"
         result, _ = trained(name, *run)
         describe(name, result)
         tables = json.loads(folder_of(name).routing_file.read_bytes())
         experts = sum(tables["groups"].values())
-        for number, (group, size) in enumerate(tables["groups"].items()):
+        for number, (group, members) in enumerate(tables["groups"].items()):
             share = tables["moe/group_share"][number][number]
             if share is not None:
-                print(f"  {group}: {share:.1%} of its source's tokens, {share * experts / size:.2f} times chance")
+                print(f"  {group}: {share:.1%} of its source's tokens, {share * experts / members:.2f} times chance")
 
 
 def _write_era(era: str) -> Path:
@@ -83,13 +85,14 @@ def main() -> None:
     """Trains what is missing and prints what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["balance", "groups"], help="balance, groups, or both")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--steps", type=int, help="steps of each run; by default 300 for balance, 150 for groups")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     if "balance" in options.what:
-        balance(options.steps or 300, options.override)
+        balance(options.size, options.steps or 300, options.override)
     if "groups" in options.what:
-        groups(options.steps or 150, options.override)
+        groups(options.size, options.steps or 150, options.override)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from small_runs import folder_of, tiny_config, trained
+from small_runs import SIZES, folder_of, tiny_config, trained
 from torch.utils.flop_counter import FlopCounterMode
 
 from ultrathink_model.config import Config, override_config
@@ -32,14 +32,6 @@ SHARE_OF_FLOPS = 0.75
 # A step after every warm-up.
 LATE = 10**9
 ENGINE = ["advanced.enable_dre=true"]
-SIZES = {
-    "tiny": [],
-    "micro": [
-        *("model.hidden_size=128", "model.intermediate_size=352", "model.max_seq_length=128"),
-        # Fewer held-out documents: the whole split is read after each run.
-        "data.validation_every=40",
-    ],
-}
 
 
 def flops_by_step(config: Config) -> Callable[[int], int]:

@@ -11,6 +11,15 @@ from ultrathink_model.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "benchmarks"
+# What makes a size of the tiny profile.
+SIZES: dict[str, list[str]] = {
+    "tiny": [],
+    "micro": [
+        *("model.hidden_size=128", "model.intermediate_size=352", "model.max_seq_length=128"),
+        # Fewer held-out documents: the whole split is read after each run.
+        "data.validation_every=40",
+    ],
+}
 
 
 def tiny_config(name: str, *overrides: str) -> Config:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ultrathink_model.errors import ConfigError
 from ultrathink_model.models.kv_cache import KVCache
 from ultrathink_model.models.reasoning import ANNEALING_LEVELS, PATHS, DepthRouter
 from ultrathink_model.models.tokens import Rotation, Tokens
@@ -156,6 +157,13 @@ def test_compute_falls_in_few_levels_from_full_to_the_budget(small_model):
     assert shares[100:] == [pytest.approx(0.45)] * 20
     assert len(set(shares)) == ANNEALING_LEVELS + 1
     assert sum(router.shares) == pytest.approx(0.6), "with the further passes, the budget"
+
+
+def test_first_blocks_stay_dense_where_asked(small_model, small_config):
+    model = small_model(*ENGINE, "model.num_layers=3", "dre.dense_layers=1")
+    assert [block.depth_router is not None for block in model.blocks] == [False, True, True]
+    with pytest.raises(ConfigError, match=r"dre\.dense_layers=2 with model\.num_layers=2: no block would be routed"):
+        small_config(*ENGINE, "dre.dense_layers=2")
 
 
 def test_no_warmup_starts_at_the_budget(small_model, random_tokens):
@@ -336,6 +344,7 @@ def test_training_never_waits_for_the_device(routed, random_tokens):
         ("dre.ultra_deep_share", 0.01, 0.1),
         ("advanced.dre_warmup_steps", 0, 10),
         ("dre.layer_frequency", 1, 2),
+        ("dre.dense_layers", 0, 1),
     ],
 )
 def test_every_key_changes_training(small_model, random_tokens, key, small, large):

@@ -216,8 +216,13 @@ REFUSED = {
     "other frequency": (MOE, [*MOE, "moe.layer_frequency=2"], r"moe\.layer_frequency=2, 1 there"),
     "other top k": (MOE, [*MOE, "moe.moe_top_k=4", "moe.expert_hidden_size=24"], r"moe\.moe_top_k=4, 2 there"),
     "bias": ([*MOE, "moe.router_bias_rate=0.01"], MOE, r"moe\.router_bias_rate=0\.0, 0\.01 there, whose experts are"),
-    "routed to unrouted": (DRE, [], r"advanced\.enable_dre=False .* True with 2 there"),
-    "other routed blocks": (DRE, [*DRE, "dre.layer_frequency=1"], r"dre\.layer_frequency=1, True with 2 there"),
+    "routed to unrouted": (DRE, [], r"advanced\.enable_dre=False .* True with 2 and 0 there"),
+    "other routed blocks": (DRE, [*DRE, "dre.layer_frequency=1"], r"dre\.layer_frequency=1 .* with 2 and 0 there"),
+    "other dense blocks": (
+        [*DRE, "dre.layer_frequency=1"],
+        [*DRE, "dre.layer_frequency=1", "dre.dense_layers=1"],
+        r"dre\.dense_layers=1, True with 1 and 0 there",
+    ),
     "no whole shards": ([], [*MOE, "moe.expert_hidden_size=20"], r"48 / 20 = 2\.4; set moe\.expert_hidden_size to 48"),
     "wider experts": ([], [*MOE, "moe.expert_hidden_size=96"], r"48 / 96 = 0\.5; set moe\.expert_hidden_size to 48"),
     "no whole copy chosen": (

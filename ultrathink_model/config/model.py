@@ -165,6 +165,11 @@ class DREConfig(Section):
     layer_frequency: int = Field(
         2, ge=1, description="Every n-th block is routed: block i where (i + 1) is a multiple of n."
     )
+    dense_layers: int = Field(
+        0,
+        ge=0,
+        description="First blocks that are never routed. A token that passes by every block can, with tied embeddings, predict little but itself.",
+    )
     deep_share: float = Field(0.1, ge=0, le=1, description="Share of tokens that there is room for in a second pass.")
     ultra_deep_share: float = Field(
         0.05, ge=0, le=1, description="Share of tokens that there is room for in a third pass."
@@ -173,6 +178,10 @@ class DREConfig(Section):
         None,
         description="Send every token along one path (fast, standard, deep, ultra_deep); null lets the router choose.",
     )
+
+    def routes(self, layer: int) -> bool:
+        """Whether block `layer` (0-based) is routed."""
+        return layer >= self.dense_layers and (layer + 1) % self.layer_frequency == 0
 
     @property
     def standard_share(self) -> float:

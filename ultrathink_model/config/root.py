@@ -1,7 +1,5 @@
 """The whole config, and the rules that hold between its sections."""
 
-import math
-
 from pydantic import Field, model_validator
 
 from ultrathink_model.config.constitutional import ConstitutionalConfig
@@ -87,10 +85,10 @@ class Config(Section):
         dre = self.dre
         if not self.advanced.enable_dre:
             return self
-        if dre.layer_frequency > self.model.num_layers:
+        if not any(dre.routes(layer) for layer in range(self.model.num_layers)):
             raise ValueError(
-                f"dre.layer_frequency={dre.layer_frequency} is more than model.num_layers={self.model.num_layers}: "
-                "no block would be routed; lower it"
+                f"dre.layer_frequency={dre.layer_frequency} and dre.dense_layers={dre.dense_layers} with "
+                f"model.num_layers={self.model.num_layers}: no block would be routed; lower them"
             )
         if not dre.ultra_deep_share <= dre.deep_share <= dre.standard_share <= 1:
             raise ValueError(
@@ -195,8 +193,9 @@ class Config(Section):
             )
         if self.advanced.enable_rlhf:
             raise ValueError(f"{start} is not available to alignment, whose rollouts end at other steps on each rank")
-        shared = math.lcm(self.moe.layer_frequency, self.dre.layer_frequency)
-        if self.advanced.enable_dre and shared <= self.model.num_layers:
+        mixtures = range(self.moe.layer_frequency, self.model.num_layers + 1, self.moe.layer_frequency)
+        shared = next((block for block in mixtures if self.dre.routes(block - 1)), None)
+        if self.advanced.enable_dre and shared is not None:
             raise ValueError(
                 f"{start} cannot cut the mixture of block {shared}, which is routed in depth too: in evaluation its "
                 "ranks would make different numbers of passes and wait for each other; change dre.layer_frequency"

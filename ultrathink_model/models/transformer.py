@@ -219,7 +219,8 @@ def is_mixture(config: Config, layer: int) -> bool:
 
 def is_routed(config: Config, layer: int) -> bool:
     """Whether block `layer` (0-based) is routed in depth."""
-    return config.advanced.enable_dre and (layer + 1) % config.dre.layer_frequency == 0
+    dre = config.dre
+    return config.advanced.enable_dre and layer >= dre.dense_layers and (layer + 1) % dre.layer_frequency == 0
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> Transformer:

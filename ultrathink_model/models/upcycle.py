@@ -160,8 +160,9 @@ def _refuse_what_differs(source: Config, target: Config, folder: Path) -> None:
         _refuse_uneven_split(target, folder)
     if source.advanced.enable_dre and not _same_blocks(is_routed, source, target):
         differences.append(
-            f"advanced.enable_dre={target.advanced.enable_dre} with dre.layer_frequency={target.dre.layer_frequency}, "
-            f"{source.advanced.enable_dre} with {source.dre.layer_frequency} there"
+            f"advanced.enable_dre={target.advanced.enable_dre} with dre.layer_frequency={target.dre.layer_frequency} and "
+            f"dre.dense_layers={target.dre.dense_layers}, {source.advanced.enable_dre} with {source.dre.layer_frequency} "
+            f"and {source.dre.dense_layers} there"
         )
     if source.advanced.enable_constitutional and not target.advanced.enable_constitutional:
         differences.append("advanced.enable_constitutional=False, and a harm head there, which would be lost")

@@ -19,8 +19,7 @@ def forward_flops_per_token(config: Config) -> float:
     passes = config.dre.compute_budget if config.advanced.enable_dre else 1.0
     work = [_block_flops(config, layer) for layer in range(model.num_layers)]
     if num_routed(config):
-        routed = [(layer + 1) % config.dre.layer_frequency == 0 for layer in range(model.num_layers)]
-        work = [flops * (passes if deep else 1.0) for flops, deep in zip(work, routed, strict=True)]
+        work = [flops * (passes if config.dre.routes(layer) else 1.0) for layer, flops in enumerate(work)]
     return sum(work) + 2 * model.hidden_size * model.vocab_size
 
 

@@ -60,7 +60,8 @@ def num_mixtures(config: Config) -> int:
 
 def num_routed(config: Config) -> int:
     """Blocks that are routed in depth."""
-    return config.model.num_layers // config.dre.layer_frequency if config.advanced.enable_dre else 0
+    routed = sum(config.dre.routes(layer) for layer in range(config.model.num_layers))
+    return routed if config.advanced.enable_dre else 0
 
 
 def expert_width(config: Config) -> int:

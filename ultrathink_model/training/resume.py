@@ -240,7 +240,7 @@ def _fixed_keys(saved: dict[str, Any], current: dict[str, Any]) -> set[str]:
     if saved["advanced"]["enable_moe"]:
         keys |= {f"moe.{key}" for key in MOE_ARCHITECTURE}
     if saved["advanced"]["enable_dre"]:
-        keys.add("dre.layer_frequency")
+        keys |= {"dre.layer_frequency", "dre.dense_layers"}
     return keys
 
 
