@@ -1,17 +1,15 @@
 import shutil
 from pathlib import Path
 
+import forked_runs
 import pytest
 import torch
 from conftest import losses
-from gloo_ranks import run_ranks
 from safetensors.torch import load_file
 
-from ultrathink_model.config import Config, override_config
-from ultrathink_model.data import DataManifest
+from ultrathink_model.config import override_config
 from ultrathink_model.tracking.metrics import read_metrics
 from ultrathink_model.training.averaging import WeightAverage
-from ultrathink_model.training.run import train
 
 WEIGHTS = "model.safetensors"
 
@@ -96,14 +94,10 @@ def test_ranks_average_as_one_process_does(train_tiny, base_config, manifest, tm
     alone, rows = train_tiny(*settings, "evaluation.eval_steps=3", folder="alone")
     ranks = [f"distributed.strategy={strategy}", "distributed.enabled=true", f"output.output_dir={tmp_path / 'two'}"]
     config = override_config(base_config, [*settings, "evaluation.eval_steps=3", *ranks])
-    run_ranks(2, _train_rank, config, manifest)
+    assert forked_runs.exit_codes(forked_runs.start(config, manifest, 2)) == [0, 0]
     one, two = load_file(Path(alone.final_model) / WEIGHTS), load_file(tmp_path / "two" / "final_model" / WEIGHTS)
     # Adam divides by the root of a small square: what ranks round differently weighs a little more in the weights.
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     values = [row["val/loss"] for row in rows if "val/loss" in row]
     found = [row["val/loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "val/loss" in row]
     assert found == pytest.approx(values, abs=1e-5)
-
-
-def _train_rank(rank: int, config: Config, manifest: DataManifest) -> None:
-    train(config, manifest=manifest, run_name="tiny")

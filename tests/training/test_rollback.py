@@ -1,15 +1,11 @@
-import logging
-
+import forked_runs
 import pytest
 import torch
 from conftest import losses
-from gloo_ranks import run_ranks
 
-from ultrathink_model.config import Config, override_config
-from ultrathink_model.data import DataManifest
+from ultrathink_model.config import override_config
 from ultrathink_model.tracking.metrics import read_metrics
 from ultrathink_model.training.guard import TrainingDivergedError
-from ultrathink_model.training.run import train
 from ultrathink_model.training.spikes import LEAST_LOSSES, SpikeDetector
 from ultrathink_model.training.trainer import Trainer
 
@@ -129,20 +125,22 @@ def test_a_loss_far_above_the_median_is_a_spike_and_noise_is_not():
     assert torch.equal(detector.state_dict()["losses"], before)
 
 
+class Badly(forked_runs.Hook):
+    """Ranks that train on bad batches."""
+
+    def install(self, rank: int) -> None:
+        from ultrathink_model.training import assembly
+
+        assembly.Trainer = BadBatches  # type: ignore[misc]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_go_back_together(base_config, manifest, tmp_path, strategy):
     ranks = [f"distributed.strategy={strategy}", "distributed.enabled=true", f"output.output_dir={tmp_path / 'run'}"]
     settings = [*SETTINGS, *ranks, "training.spike_deviations=6", "training.ema_decay=0.9"]
-    run_ranks(2, _train_badly, override_config(base_config, settings), manifest)
+    processes = forked_runs.start(override_config(base_config, settings), manifest, 2, Badly())
+    assert forked_runs.exit_codes(processes) == [0, 0]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["train/rollbacks"] == 1
-
-
-def _train_badly(rank: int, config: Config, manifest: DataManifest) -> None:
-    from ultrathink_model.training import assembly
-
-    logging.getLogger("ultrathink_model").setLevel(logging.ERROR)
-    assembly.Trainer = BadBatches  # type: ignore[misc]
-    assert train(config, manifest=manifest, run_name="tiny").steps == 12

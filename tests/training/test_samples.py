@@ -1,12 +1,10 @@
 import json
 
+import forked_runs
 import pytest
 from conftest import losses
-from gloo_ranks import run_ranks
 
-from ultrathink_model.config import Config, override_config
-from ultrathink_model.data import DataManifest
-from ultrathink_model.training.run import train
+from ultrathink_model.config import override_config
 
 SETTINGS = ("evaluation.sample_steps=2", "evaluation.num_generations=2", "evaluation.generation_tokens=4")
 
@@ -36,9 +34,6 @@ def test_a_resumed_run_writes_the_samples_of_a_step_once(train_tiny, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_sample_together(base_config, manifest, tmp_path, strategy):
     ranks = [f"distributed.strategy={strategy}", "distributed.enabled=true", f"output.output_dir={tmp_path / 'run'}"]
-    run_ranks(2, _train_rank, override_config(base_config, [*SETTINGS, *ranks]), manifest)
+    processes = forked_runs.start(override_config(base_config, [*SETTINGS, *ranks]), manifest, 2)
+    assert forked_runs.exit_codes(processes) == [0, 0]
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 6
-
-
-def _train_rank(rank: int, config: Config, manifest: DataManifest) -> None:
-    train(config, manifest=manifest, run_name="tiny")
