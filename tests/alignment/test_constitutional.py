@@ -311,4 +311,5 @@ def test_refusals_are_told_by_their_beginning(answer, expected):
 def test_answer_ends_where_somebody_else_speaks():
     assert cut_answer(" yes.\n\nHuman: and?") == "yes."
     assert cut_answer("yes.\nTask: more") == "yes."
+    assert cut_answer(" Human: how?") == ""
     assert question_text("why?") == "Human: why?\n\nAssistant:"

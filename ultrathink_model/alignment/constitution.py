@@ -81,7 +81,8 @@ def choice_text(request: str, first: str, second: str, principle: Principle) -> 
 
 
 def cut_answer(text: str) -> str:
-    """What a model wrote up to where it goes on to speak for somebody else."""
+    """What a model wrote up to where it begins to speak for somebody else; nothing where it does so at once."""
+    text = f"\n{text.lstrip()}"
     for mark in (PERSON, MODEL, "Task:", "Critique:", "Revision:"):
-        text = text.split(f"\n\n{mark}", maxsplit=1)[0].split(f"\n{mark}", maxsplit=1)[0]
+        text = text.split(f"\n{mark}", maxsplit=1)[0]
     return text.strip()
