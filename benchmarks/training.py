@@ -9,6 +9,7 @@ Without a word: all of them. `--size 7M|50M` picks the decoder; `--steps` the st
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -18,22 +19,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers.turns import LoopSteps, Step, alternate, ratio
 from torch import nn
 
 from ultrathink_model.config import Config, make_config
 from ultrathink_model.config.load import save_config
 from ultrathink_model.data import DataManifest, TrainLoader, prepare_data
-from ultrathink_model.distributed.context import RankContext
+from ultrathink_model.distributed.context import RankContext, init_distributed
 from ultrathink_model.models.transformer import build_model
-from ultrathink_model.tracking.metrics import read_metrics
+from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
+from ultrathink_model.tracking.run_folder import RunFolder
+from ultrathink_model.training.assembly import make_trainer
+from ultrathink_model.training.callbacks.callback import Callback
+from ultrathink_model.training.callbacks.metrics import MetricsCallback
 from ultrathink_model.training.optimizer import make_optimizer
 from ultrathink_model.training.run import train
+from ultrathink_model.training.signals import StopSignals
 from ultrathink_model.training.throughput import Throughput
+from ultrathink_model.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -45,7 +53,6 @@ SEQUENCES, SEQUENCE_LENGTH = 8, 256
 EVAL_SEQUENCES = 16
 # The first steps choose kernels and fill caches.
 WARM_STEPS = 3
-ROUNDS = 3
 
 
 def make_run(arguments: argparse.Namespace, folder: Path, **training: Any) -> Config:
@@ -80,39 +87,61 @@ def step_seconds(folder: Path) -> list[float]:
     return [row["train/step_seconds"] for row in rows[WARM_STEPS:]]
 
 
-def bare_step_seconds(config: Config, manifest: DataManifest) -> list[float]:
-    """Seconds of each step of nothing but forward, backward, clipping and the optimizer."""
+def bare_step(config: Config, manifest: DataManifest) -> Step:
+    """Nothing but forward, backward, clipping and the optimizer, on rows that are there already."""
     model = build_model(config).train()
     optimizer = make_optimizer(config.training, model)
-    steps = iter(TrainLoader(manifest, config))
-    batches = [next(steps)[0] for _ in range(config.training.max_steps or 1)]
-    seconds = []
-    for batch in batches:
-        began = time.perf_counter()
+    batches = itertools.cycle(list(itertools.islice(TrainLoader(manifest, config), 8)))
+
+    def step() -> None:
+        batch = next(batches)[0]
         output = model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)
+        assert output.loss_sum is not None
         (output.loss_sum / batch.num_tokens).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
-    return seconds[WARM_STEPS:]
+
+    return step
+
+
+class PassOn(Callback):
+    """Lets the other side have its turn after each step."""
+
+    def __init__(self, pass_on: Callable[[], None]) -> None:
+        self._pass_on = pass_on
+
+    def on_step_end(self, trainer: Trainer) -> None:  # noqa: D102
+        self._pass_on()
+
+
+def whole_loop(config: Config, manifest: DataManifest) -> LoopSteps:
+    """Our loop with everything that a run has around a step: data, metrics, validation, saving."""
+    context, folder = init_distributed(config), RunFolder(config.output.output_dir)
+    metrics = MetricsCallback(config.logging.log_steps)
+    metrics.writer = MetricsWriter(folder.metrics_file)
+    trainer = make_trainer(config, context, manifest, folder, StopSignals(), metrics, None, None)
+
+    def loop(pass_on: Callable[[], None]) -> None:
+        trainer.callbacks = [*trainer.callbacks, PassOn(pass_on)]
+        trainer.fit()
+
+    return LoopSteps(loop)
 
 
 def engine(arguments: argparse.Namespace) -> None:
     """Our loop over the bare step, in turns, so that both meet the same machine."""
-    bare, ours = [], []
-    for number in range(ROUNDS):
-        config = make_run(arguments, arguments.folder / f"engine{number}")
-        manifest = prepare_data(config)
-        bare += bare_step_seconds(config, manifest)
-        train(config, manifest=manifest, run_name="engine")
-        ours += step_seconds(Path(config.output.output_dir))
-    ratio = statistics.median(ours) / statistics.median(bare)
+    config = make_run(arguments, arguments.folder / "engine", max_steps=arguments.steps + 9)
+    config = make_config({**config.model_dump(), "logging": {**config.logging.model_dump(), "log_steps": 10}})
+    manifest = prepare_data(config)
+    sides = {"bare": bare_step(config, manifest), "ours": whole_loop(config, manifest)}
+    seconds = alternate(sides, arguments.steps)
+    bare, ours = statistics.median(seconds["bare"]), statistics.median(seconds["ours"])
     peak = Throughput.of(config, RankContext(0, 0, 1, torch.device("cpu")))
-    rate = SEQUENCES * SEQUENCE_LENGTH / statistics.median(ours)
     print(
-        f"engine {arguments.size}: bare step {statistics.median(bare):.4f} s, in a run {statistics.median(ours):.4f} s: "
-        f"ratio {ratio:.4f}; matrix products reach {peak.peak / 1e9:.0f} GFLOP/s, MFU {peak.utilisation(rate):.1%}"
+        f"engine {arguments.size}: bare step {bare:.4f} s, in the whole loop {ours:.4f} s: ratio "
+        f"{ratio(seconds['ours'], seconds['bare']):.4f}; matrix products reach {peak.peak / 1e9:.0f} GFLOP/s, MFU "
+        f"{peak.utilisation(SEQUENCES * SEQUENCE_LENGTH / ours):.1%}"
     )
 
 

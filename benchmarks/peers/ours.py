@@ -12,6 +12,7 @@ from ultrathink_model.data import Batch
 from ultrathink_model.distributed.context import init_distributed
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.models.transformer import build_model
+from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.assembly import compile_blocks
 from ultrathink_model.training.callbacks.callback import Callback
 from ultrathink_model.training.checkpoint import RunPosition
@@ -19,6 +20,7 @@ from ultrathink_model.training.length import RunLength
 from ultrathink_model.training.optimizer import make_optimizer
 from ultrathink_model.training.signals import StopSignals
 from ultrathink_model.training.trainer import Trainer
+from ultrathink_model.training.watch import RankWatch
 
 ENDLESS = 1_000_000
 
@@ -45,7 +47,19 @@ def _make_trainer(config: Config, rows: Tensor, pass_on: Callable[[], None]) -> 
     strategy = make_strategy(config, context)
     strategy.prepare(model, functools.partial(make_optimizer, config.training))
     length = RunLength(ENDLESS, ENDLESS, None, None, config.training.batch_size, ENDLESS)
-    return Trainer(config, strategy, _endless(rows), length, RunPosition(), StopSignals(), [_PassOn(pass_on)])
+    watch = RankWatch(config, context, RunFolder(config.output.output_dir))
+    callbacks = [_PassOn(pass_on)]
+    return Trainer(
+        config,
+        strategy,
+        lambda step: _endless(rows),
+        length,
+        RunPosition(),
+        StopSignals(),
+        callbacks,
+        lambda trainer: None,
+        watch,
+    )
 
 
 def _endless(rows: Tensor) -> Iterator[list[Batch]]:
