@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignment_cases import trained
 from chat_server import Reply, chat_server
 
 import ultrathink_model.alignment.critic_endpoint as endpoint
@@ -23,7 +24,7 @@ from ultrathink_model.alignment.safety_answers import is_refusal
 from ultrathink_model.config import override_config
 from ultrathink_model.data import Tokenizer
 from ultrathink_model.errors import ConfigError, CriticError, DataError, TrainingStoppedError
-from ultrathink_model.models.hf import load_model
+from ultrathink_model.models.hf import load_model, save_model
 from ultrathink_model.tracking.metrics import read_metrics
 
 SMALL = [
@@ -180,6 +181,22 @@ def test_local_model_criticises(small, manifest, dense_folder):
     assert result.metrics["constitutional/revised"] > 0
     # Of 32 tokens the critic sees the end of the question alone, which is the same in both orders: nothing is chosen.
     assert result.metrics["constitutional/preferences"] == 0
+
+
+def test_harm_head_judges_the_answers_and_stays_in_the_model(small, config, base_config, manifest, tmp_path):
+    headed = override_config(base_config, ["advanced.enable_constitutional=true"])
+    save_model(trained(headed, manifest, 20), manifest.tokenizer_folder, tmp_path / "headed")
+    result = run(small, manifest, tmp_path / "headed", num_prompts=6, label_preferences="false")
+    assert 0 <= result.metrics["eval/safety/harmful_before"] <= 1
+    assert 0 <= result.metrics["eval/safety/harmful_after"] <= 1
+    overrides = [f"output.output_dir={tmp_path / 'rlhf'}", "rlhf.rlhf_iterations=2", "rlhf.rlhf_frequency=1"]
+    overrides.append("constitutional.harm_token_fraction=1")
+    aligned = align(
+        override_config(config, overrides), manifest=manifest, run_name="rlhf", init_from=Path(result.final_model)
+    )
+    heads = [load_model(folder).harm_head for folder in (result.final_model, aligned.final_model)]
+    # The language-model updates of RLHF bring labelled rows along.
+    assert not torch.equal(heads[0].weight, heads[1].weight)
 
 
 def test_rounds_epochs_and_batches_are_those_of_the_config(small, manifest, dense_folder):
