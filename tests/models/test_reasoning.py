@@ -12,7 +12,7 @@ from ultrathink_model.errors import ConfigError
 from ultrathink_model.models.kv_cache import KVCache
 from ultrathink_model.models.reasoning import ANNEALING_LEVELS, PATHS, DepthRouter
 from ultrathink_model.models.tokens import Rotation, Tokens
-from ultrathink_model.models.transformer import Block, Transformer
+from ultrathink_model.models.transformer import Block, Transformer, build_model
 
 ENGINE = ("advanced.enable_dre=true", "dre.layer_frequency=1")
 
@@ -354,3 +354,38 @@ def test_every_key_changes_training(small_model, random_tokens, key, small, larg
         model = spread_out(small_model("advanced.enable_dre=true", "dre.layer_frequency=1", f"{key}={value}"))
         losses.add(run_step(model, tokens, step=4).item())
     assert len(losses) == 2
+
+
+def easy_and_hard_runs(rows: int, generator: torch.Generator) -> Tensor:
+    """Three runs of 12 tokens that each follow from the one before, then 8 that follow from the two before."""
+    parts = []
+    for _ in range(3):
+        start = torch.randint(0, 32, (rows, 1), generator=generator)
+        parts.append((start + torch.arange(12)) % 32)
+        hard = list(torch.randint(0, 4, (2, rows), generator=generator))
+        while len(hard) < 8:
+            hard.append((hard[-1] + hard[-2]) % 4)
+        parts.append(40 + torch.stack(hard, dim=1))
+    return torch.cat(parts, dim=1)
+
+
+def test_hard_tokens_get_more_passes(small_config):
+    """With an output matrix of its own the model needs its block for the hard tokens alone."""
+    steps, generator = 220, torch.Generator().manual_seed(0)
+    alone = ("model.num_layers=1", "model.tie_embeddings=false", "model.initializer_range=0.1")
+    model = build_model(small_config(*ENGINE, *alone, "advanced.dre_warmup_steps=110", "training.seed=0"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
+    for step in range(steps):
+        optimizer.zero_grad()
+        text = easy_and_hard_runs(16, generator)
+        (run_step(model, text, step) / text[:, 1:].numel()).backward()
+        optimizer.step()
+        schedule.step()
+    text = easy_and_hard_runs(32, generator)
+    output = model.eval()(text[:, :-1])
+    place = torch.arange(text.shape[1] - 1) % 20
+    learned = (output.logits.argmax(dim=-1) == text[:, 1:])[:, (place >= 13) & (place < 19)]
+    assert learned.float().mean() > 0.9
+    is_hard = text[:, :-1] >= 40
+    assert output.passes[0][is_hard].float().mean() > 4 * output.passes[0][~is_hard].float().mean()
