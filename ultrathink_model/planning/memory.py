@@ -81,14 +81,17 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
     saved = {mode: _activations(config, mode) for mode in ("none", "whole")}
     activations = saved["whole" if config.model.gradient_checkpointing else "none"]
     accumulates = _accumulates(config, ranks)
-    forward = activations + _loss_buffers(config) + projection + (gradients if accumulates else 0)
+    # The backward pass begins with all activations, and works through the last block, which it may compute again.
+    last_block = _working_bytes(config) + (max(_blocks(config)) if config.model.gradient_checkpointing else 0)
+    working = max(_loss_buffers(config) + projection, _micro_batch_tokens(config) * last_block)
+    forward = activations + working + (gradients if accumulates else 0)
     backward = gradients + projection
     parts = {
         "weights": held * shares.weights * FP32 + shares.gathered_blocks * largest_block * FP32,
         "optimizer": 0.0 if offloaded else optimizer,
         "gradients": gradients if accumulates or backward > forward else 0.0,
         "activations": activations if forward >= backward else 0.0,
-        "loss": _loss_buffers(config) + projection if forward >= backward else projection,
+        "logits and working memory": working if forward >= backward else projection,
     }
     if config.training.use_amp:
         # The backward pass needs them, unless it makes them again.
@@ -131,15 +134,25 @@ def _micro_batch_tokens(config: Config) -> int:
 
 
 def _activations(config: Config, mode: str) -> float:
-    """What the blocks keep for the backward pass of one micro-batch."""
+    """What is kept of one micro-batch from the forward pass to the backward pass; `whole` keeps the blocks' inputs."""
     tokens, layers = _micro_batch_tokens(config), config.model.num_layers
-    blocks = [_block_bytes(config, mixture=False)] * (layers - num_mixtures(config))
-    blocks += [_block_bytes(config, mixture=True)] * num_mixtures(config)
     stream = tokens * config.model.hidden_size * FP32
-    if mode == "whole":
-        # The input of every block, and one block while it is computed again.
-        return layers * stream + tokens * max(blocks) + 2 * stream
-    return tokens * sum(blocks) + 2 * stream
+    return 2 * stream + (layers * stream if mode == "whole" else tokens * sum(_blocks(config)))
+
+
+def _blocks(config: Config) -> list[float]:
+    """What each block keeps of one token."""
+    mixtures = num_mixtures(config)
+    dense = [_block_bytes(config, mixture=False)] * (config.model.num_layers - mixtures)
+    return dense + [_block_bytes(config, mixture=True)] * mixtures
+
+
+def _working_bytes(config: Config) -> float:
+    """What the gradient of one token through the gated feed-forward takes while it is made."""
+    width = config.model.feed_forward_size
+    if num_mixtures(config):
+        width = max(width, expert_width(config) * config.moe.moe_top_k)
+    return 4 * width * (HALF if config.training.use_amp else FP32)
 
 
 def _block_bytes(config: Config, *, mixture: bool) -> float:
