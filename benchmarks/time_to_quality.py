@@ -3,24 +3,25 @@
     python benchmarks/time_to_quality.py shakespeare --text input.txt   beside nanoGPT's configuration for a processor
     python benchmarks/time_to_quality.py sotu                           tokens that AdamW needs beside the tiny profile's
 
-On tiny-shakespeare by characters both sides have one thread and the same validation text; clocks stand still while
-they evaluate. The text is not part of this project, so without `--text` that half is left out.
+On tiny-shakespeare by characters both sides have one thread and the same validation text. The text is not part of this project, so without `--text` that half is left out.
 """
 
 import argparse
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import shakespeare
 import torch
 from peers import gpt2_loop
+from peers.turns import LoopSteps, Step, alternate, ratio
+from training import whole_loop
 
 from ultrathink_model.config import Config, load_config, make_config
 from ultrathink_model.data import prepare_data
-from ultrathink_model.tracking.metrics import read_metrics
 from ultrathink_model.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,68 +45,72 @@ OURS: dict[str, Any] = {
         "num_epochs": 99,
     },
 }
-PROBE_STEPS = 41
+PAIRED_ROUNDS = 40
 
 # Tokens of the tiny profile's optimizer, and how many times as many AdamW gets.
 SOTU_STEPS, SOTU_FACTOR = 100, 1.5
 ADAMW_RATES = (1e-3, 2e-3, 4e-3)
 
 
-def run_seconds(config: Config) -> float:
-    """Seconds that a run trained, from its metrics."""
-    seconds, last = 0.0, 0.0
-    for row in read_metrics(Path(config.output.output_dir) / "metrics.jsonl"):
-        if "train/step_seconds" in row:
-            seconds += (row["step"] - last) * row["train/step_seconds"]
-            last = row["step"]
-    return seconds
-
-
-def train_ours(folder: Path, text: Path, steps: int) -> tuple[float, float]:
-    """Trains on the characters; returns the validation loss and the seconds."""
+def our_config(folder: Path, text: Path, steps: int) -> Config:
+    """A run of ours on the characters."""
     data, tokenizer = shakespeare.prepare(text, folder)
-    config = make_config(
+    return make_config(
         {
             "model": OURS["model"],
             "training": {**OURS["training"], "max_steps": steps},
             "data": {"dataset": str(data), "tokenizer_name": str(tokenizer), "cache_dir": str(folder / "cache")},
             "evaluation": {"batch_size": 32, "eval_frequency": 999},
-            "logging": {"use_mlflow": False, "log_steps": 20},
+            "logging": {"use_mlflow": False, "log_steps": 50},
             "output": {"output_dir": str(folder / f"steps{steps}")},
         }
     )
-    result = train(config, manifest=prepare_data(config), run_name="ours")
-    return result.metrics["val/loss"], run_seconds(config)
 
 
-def train_peer(text: Path) -> list[dict[str, float]]:
-    """What nanoGPT's settings come to, every 250 steps."""
-    train_text, validation_text = shakespeare.read_splits(text)
-    tokenizer = shakespeare.character_tokenizer(train_text + validation_text)
-    streams = [torch.tensor(tokenizer.encode(part).ids) for part in (train_text, validation_text)]
-    torch.manual_seed(1)
-    model = gpt2_loop.GPT2Style(66, PEER_WINDOW, layers=4, heads=4, width=128)
-    batches = gpt2_loop.windows(streams[0], PEER_WINDOW, PEER_BATCH, seed=0)
-    return gpt2_loop.train(
-        model,
-        batches,
-        steps=PEER_STEPS,
-        eval_steps=250,
-        evaluate=lambda: gpt2_loop.loss_over(model, streams[1], PEER_WINDOW),
-    )
+class Peer:
+    """nanoGPT's settings on the characters."""
+
+    def __init__(self, text: Path) -> None:
+        train_text, validation_text = shakespeare.read_splits(text)
+        tokenizer = shakespeare.character_tokenizer(train_text + validation_text)
+        self._train, self._validation = (
+            torch.tensor(tokenizer.encode(part).ids) for part in (train_text, validation_text)
+        )
+        torch.manual_seed(1)
+        self._model = gpt2_loop.GPT2Style(66, PEER_WINDOW, layers=4, heads=4, width=128)
+
+    def train(self, steps: int, pass_on: Callable[[], None] | None = None) -> float:
+        """Trains; returns the loss over the whole validation text."""
+        batches = gpt2_loop.windows(self._train, PEER_WINDOW, PEER_BATCH, seed=0)
+        gpt2_loop.train(self._model, batches, steps=steps, pass_on=pass_on)
+        return gpt2_loop.loss_over(self._model, self._validation, PEER_WINDOW)
+
+
+def step_ratio(folder: Path, text: Path) -> float:
+    """The time of a step of ours, with the whole loop around it, in steps of the peer's, taken by turns."""
+    config = our_config(folder, text, steps=9999)
+    sides: dict[str, Step] = {
+        "ours": whole_loop(config, prepare_data(config)),
+        "peer": LoopSteps(lambda pass_on: Peer(text).train(9999, pass_on)),
+    }
+    seconds = alternate(sides, PAIRED_ROUNDS)
+    return ratio(seconds["ours"], seconds["peer"])
 
 
 def on_shakespeare(folder: Path, text: Path) -> None:
-    """The peer's loss in a third of its time, and what all of its time gives."""
-    peer = train_peer(text)
-    whole, reached = peer[-1]["seconds"], peer[-1]["val_loss"]
-    _, probe_seconds = train_ours(folder, text, PROBE_STEPS)
-    step_seconds = probe_seconds / PROBE_STEPS
-    print(f"shakespeare: the peer is at {reached:.4f} nats after {whole:.1f} s")
-    for name, budget in (("a third of its time", whole / 3), ("its whole time", whole)):
-        # A little less: the first steps of a process are slower than those that follow.
-        loss, seconds = train_ours(folder, text, int(0.97 * budget / step_seconds))
-        print(f"shakespeare: ours in {name}: {loss:.4f} nats after {seconds:.1f} s, ratio {seconds / whole:.3f}")
+    """The peer's loss in a third of its time, and what all of its time gives.
+
+    Times are counted in steps of the peer's: losses do not depend on what else the machine does, and how long a step
+    takes beside another is measured by turns.
+    """
+    one_of_ours = step_ratio(folder, text)
+    print(f"shakespeare: a step of ours takes as long as {one_of_ours:.2f} of the peer's", flush=True)
+    for name, share in (("a third of the peer's time", 1 / 3), ("the peer's whole time", 1.0)):
+        steps = int(share * PEER_STEPS / one_of_ours)
+        config = our_config(folder, text, steps)
+        loss = train(config, manifest=prepare_data(config), run_name="ours").metrics["val/loss"]
+        print(f"shakespeare: ours in {name}, {steps} steps: {loss:.4f} nats", flush=True)
+    print(f"shakespeare: the peer after {PEER_STEPS} steps: {Peer(text).train(PEER_STEPS):.4f} nats")
     print(
         f"shakespeare: to be reached: {PEER_TARGET} in a third of the time, {FIVE_GRAM} (a 5-gram model) in all of it"
     )

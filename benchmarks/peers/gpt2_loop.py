@@ -1,12 +1,10 @@
 """A plain training loop over a GPT-2 shaped decoder, the way that small self-contained trainers are written.
 
 LayerNorm without biases, learned positions, GELU, tied embeddings, fused AdamW, cosine schedule, clipping: what
-nanoGPT (https://github.com/karpathy/nanoGPT) trains with its defaults for a processor. It prints a line of JSON for
-each evaluation; its clock stands still while it evaluates.
+nanoGPT (https://github.com/karpathy/nanoGPT) trains with its defaults for a processor.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -79,16 +77,13 @@ def train(
     steps: int,
     rate: float = 1e-3,
     warmup: int = 100,
-    eval_steps: int = 0,
-    evaluate: Callable[[], float] | None = None,
-) -> list[dict[str, float]]:
-    """Trains; returns what was measured at each evaluation, and at the end."""
+    pass_on: Callable[[], None] | None = None,
+) -> None:
+    """Trains; `pass_on` is called after each step."""
     decayed = [weight for weight in model.parameters() if weight.ndim >= 2]
     plain = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)
-    rows, clock = [], 0.0
-    began = time.perf_counter()
     for step in range(steps):
         share = min(1.0, (step + 1) / warmup)
         done = max(0.0, (step - warmup) / max(1, steps - warmup))
@@ -99,12 +94,5 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        is_last = step + 1 == steps
-        if evaluate and (is_last or (eval_steps and (step + 1) % eval_steps == 0)):
-            clock += time.perf_counter() - began
-            rows.append({"step": step + 1, "seconds": clock, "loss": loss.item(), "val_loss": evaluate()})
-            began = time.perf_counter()
-        elif is_last:
-            clock += time.perf_counter() - began
-            rows.append({"step": step + 1, "seconds": clock, "loss": loss.item()})
-    return rows
+        if pass_on is not None:
+            pass_on()

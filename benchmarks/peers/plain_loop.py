@@ -35,7 +35,8 @@ def main() -> None:
     held_out = streams["validation"][: settings["eval_sequences"] * length + 1]
     began = time.perf_counter()
     steps = settings["steps"] - 1 - settings["warm_steps"]
-    train(called, batches, steps=steps, evaluate=lambda: loss_over(called, held_out, length))
+    train(called, batches, steps=steps)
+    loss_over(called, held_out, length)
     folder = Path(settings["folder"])
     folder.mkdir(parents=True)
     torch.save(model.state_dict(), folder / "model.pt")
