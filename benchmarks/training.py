@@ -49,7 +49,7 @@ SIZES = {
     "7M": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "intermediate_size": 704, "vocab_size": 8192},
     "50M": {"hidden_size": 576, "num_layers": 12, "num_heads": 9, "intermediate_size": 1536, "vocab_size": 8192},
 }
-SEQUENCES, SEQUENCE_LENGTH = 8, 256
+SEQUENCE_LENGTH = 256
 EVAL_SEQUENCES = 16
 # The first steps choose kernels and fill caches.
 WARM_STEPS = 3
@@ -61,7 +61,7 @@ def make_run(arguments: argparse.Namespace, folder: Path, **training: Any) -> Co
         {
             "model": {**SIZES[arguments.size], "max_seq_length": SEQUENCE_LENGTH},
             "training": {
-                "batch_size": SEQUENCES,
+                "batch_size": arguments.sequences,
                 "max_steps": arguments.steps,
                 "num_epochs": 99,
                 "optimizer": "adamw",
@@ -141,7 +141,7 @@ def engine(arguments: argparse.Namespace) -> None:
     print(
         f"engine {arguments.size}: bare step {bare:.4f} s, in the whole loop {ours:.4f} s: ratio "
         f"{ratio(seconds['ours'], seconds['bare']):.4f}; matrix products reach {peak.peak / 1e9:.0f} GFLOP/s, MFU "
-        f"{peak.utilisation(SEQUENCES * SEQUENCE_LENGTH / ours):.1%}"
+        f"{peak.utilisation(arguments.sequences * SEQUENCE_LENGTH / ours):.1%}"
     )
 
 
@@ -167,11 +167,11 @@ def ranks(arguments: argparse.Namespace) -> None:
     rates = {}
     for count in (1, 2):
         folder = arguments.folder / f"ranks{count}"
-        config = make_run(arguments, folder, batch_size=SEQUENCES // count)
+        config = make_run(arguments, folder, batch_size=arguments.sequences // count)
         distributed = {"enabled": count > 1, "num_processes": count}
         config = make_config({**config.model_dump(), "distributed": distributed})
         run_ours(config, folder, threads=2 // count)
-        rates[count] = SEQUENCES * SEQUENCE_LENGTH / statistics.median(step_seconds(folder))
+        rates[count] = arguments.sequences * SEQUENCE_LENGTH / statistics.median(step_seconds(folder))
     print(
         f"ranks {arguments.size}: one process with two threads {rates[1]:.0f} tokens/s, two ranks with one "
         f"{rates[2]:.0f}: ratio {rates[2] / rates[1]:.3f}"
@@ -192,7 +192,7 @@ def peers(arguments: argparse.Namespace) -> None:
         **SIZES[arguments.size],
         "data": str(manifest.path),
         "sequence_length": SEQUENCE_LENGTH,
-        "sequences": SEQUENCES,
+        "sequences": arguments.sequences,
         "steps": arguments.steps,
         "eval_sequences": EVAL_SEQUENCES,
         "warm_steps": WARM_STEPS,
@@ -205,7 +205,7 @@ def peers(arguments: argparse.Namespace) -> None:
         run_ours(run, Path(run.output.output_dir), arguments.threads)
         times = {row["step"]: row["time"] for row in read_metrics(Path(run.output.output_dir) / "metrics.jsonl")}
         seconds = times[arguments.steps - 1] - times[WARM_STEPS]
-        rates[f"ours, {name}"] = steps * SEQUENCES * SEQUENCE_LENGTH / seconds
+        rates[f"ours, {name}"] = steps * arguments.sequences * SEQUENCE_LENGTH / seconds
         for peer in ("hf_trainer", "plain_loop"):
             text = json.dumps({**settings, "compile": compiled, "folder": str(folder / f"{peer}_{name}")})
             rates[f"{peer}, {name}"] = run_peer(peer, text, arguments.threads)
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=parts)
     parser.add_argument("--size", choices=SIZES, default="7M")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sequences", type=int, default=8, help="sequences in a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, help="folder of prepared data, to prepare them only once")
     parser.add_argument("--compile", action="store_true", help="peers: compiled runs too")

@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 class Sighting(BaseModel):
-    """What a rank that does not move says of itself.
+    """What a rank says of itself when somebody waits.
 
     Attributes:
         rank: Its number.
+        is_still: Whether it stands still within a step; if not, it is well, and only slow.
         count: Parts of steps that it began.
         part: The last of them.
         is_waiting: Whether it stands in an exchange with the others.
@@ -44,6 +45,7 @@ class Sighting(BaseModel):
     """
 
     rank: int
+    is_still: bool
     count: int
     part: str
     is_waiting: bool
@@ -56,8 +58,8 @@ class RankWatch:
     The main thread notes each part of a step that it begins. A thread of each rank looks at its own notes alone.
     When they stop, the rank writes down where it stands, reads what the others wrote, and can tell from that who is
     waited for: whoever says nothing, or has begun the fewest parts and is in no exchange. Then the process ends, since
-    a thread that waits in an exchange cannot be woken. In one process, and between steps, nothing is watched: saving
-    and starting are left to `distributed.timeout_seconds`.
+    a thread that waits in an exchange cannot be woken. In one process, and between steps, nothing is watched: a rank
+    that saves or deletes for long says so, and is left to `distributed.timeout_seconds`.
     """
 
     def __init__(self, config: Config, context: RankContext, folder: RunFolder) -> None:
@@ -105,22 +107,29 @@ class RankWatch:
         while not self._is_over.wait(POLL_SECONDS):
             count, limit = self._count, max(self._limit or 0.0, SLACK * self._longest)
             if not self._stands_still(count, limit):
+                if any(other.is_still for rank, other in self._sightings().items() if rank != self._context.rank):
+                    self._speak(is_still=False)
                 continue
-            self._speak()
+            for rank, other in self._sightings().items():
+                # A rank that is well says so again; one that has since stopped altogether does not.
+                if not other.is_still:
+                    _file_of(self._folder, rank).unlink(missing_ok=True)
+            self._speak(is_still=True)
             if self._is_over.wait(LAST_WORDS_SECONDS):
                 return
             if self._stands_still(count, limit):
-                self._end(time.monotonic() - self._noted)
+                self._judge(time.monotonic() - self._noted)
             self._own_file.unlink(missing_ok=True)
 
     def _stands_still(self, count: int, limit: float) -> bool:
         is_within_step = bool(self._part) and self._steps >= UNWATCHED_STEPS
         return is_within_step and self._count == count and time.monotonic() - self._noted > limit
 
-    def _speak(self) -> None:
+    def _speak(self, *, is_still: bool) -> None:
         frame = sys._current_frames().get(self._main)
         sighting = Sighting(
             rank=self._context.rank,
+            is_still=is_still,
             count=self._count,
             part=self._part,
             is_waiting=frame is not None and _is_in_exchange(frame),
@@ -129,13 +138,20 @@ class RankWatch:
         self._own_file.parent.mkdir(exist_ok=True)
         write_atomically(self._own_file, sighting.model_dump_json())
 
-    def _end(self, seconds: float) -> None:
-        sightings = {}
+    def _sightings(self) -> dict[int, Sighting]:
+        """What the ranks have written, by rank."""
+        found = {}
         for rank in range(self._context.world_size):
             try:
-                sightings[rank] = Sighting.model_validate_json(_file_of(self._folder, rank).read_bytes())
+                found[rank] = Sighting.model_validate_json(_file_of(self._folder, rank).read_bytes())
             except (FileNotFoundError, ValidationError):
                 continue
+        return found
+
+    def _judge(self, seconds: float) -> None:
+        sightings = self._sightings()
+        if not all(sighting.is_still for sighting in sightings.values()):
+            return
         message = describe_hang(sightings, self._context.world_size, seconds)
         logger.error("%s", message)
         if self._context.is_main:
