@@ -11,9 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ultrathink_model.errors import EXIT_OK, EXIT_STOPPED_AFTER_SAVING, TrainingStoppedError, UltrathinkError
+
+if TYPE_CHECKING:
+    from ultrathink_model.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED_PACKAGES = ("pydantic", "yaml", "torch", "transformers", "tokenizers", "datasets", "pandera", "rich")
@@ -44,6 +47,29 @@ class ArgumentParser(argparse.ArgumentParser):
         nearest = difflib.get_close_matches(unknown[1], flags, n=1) if unknown else []
         hint = f" Did you mean {nearest[0]}?" if nearest else f" `{self.prog} --help` lists what there is."
         self.exit(2, f"{self.prog}: {message}.{hint}\n")
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a config, for `given_config`."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--profile", default="auto", metavar="NAME", help="auto, tiny, small, medium or large")
+    source.add_argument("--config", metavar="FILE", help="a config file in place of a profile's")
+    parser.add_argument(
+        "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="section.key=value, …"
+    )
+
+
+def given_config(arguments: argparse.Namespace) -> "Config":
+    """The config that the flags of `add_config_flags` name.
+
+    Raises:
+        ConfigError: There is no such profile, file or key, or a value breaks a rule.
+    """
+    from ultrathink_model.config import load_config  # noqa: PLC0415 - this module needs no package
+    from ultrathink_model.config.profiles import profile_path, resolve_profile  # noqa: PLC0415
+
+    path = arguments.config or profile_path(resolve_profile(arguments.profile).profile)
+    return load_config(path, arguments.override)
 
 
 def require_packages(script: str, names: Sequence[str] = NEEDED_PACKAGES) -> None:

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
-from ultrathink_model.command_line import ArgumentParser
-from ultrathink_model.config import Config, load_config
-from ultrathink_model.config.profiles import gpu_memory, profile_path, resolve_profile
+from ultrathink_model.command_line import ArgumentParser, add_config_flags, given_config
+from ultrathink_model.config import Config
+from ultrathink_model.config.profiles import gpu_memory
 from ultrathink_model.errors import DependencyError
 from ultrathink_model.planning import make_plan
 from ultrathink_model.planning.plan import GIB
@@ -37,12 +37,7 @@ class Finding(NamedTuple):
 def make_parser() -> ArgumentParser:
     """The flags of `run.py doctor`."""
     parser = ArgumentParser(prog="run.py doctor", description=__doc__ or "")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default="auto", metavar="NAME", help="auto, tiny, small, medium or large")
-    source.add_argument("--config", metavar="FILE", help="a config file in place of a profile's")
-    parser.add_argument(
-        "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="section.key=value, …"
-    )
+    add_config_flags(parser)
     return parser
 
 
@@ -54,7 +49,7 @@ def main(arguments: list[str]) -> None:
         DependencyError: Something is bad.
     """
     given = make_parser().parse_args(arguments)
-    config = load_config(given.config or profile_path(resolve_profile(given.profile).profile), given.override)
+    config = given_config(given)
     bad = 0
     for check in CHECKS:
         finding = check(config)

@@ -3,9 +3,8 @@
 import argparse
 from collections.abc import Iterator
 
-from ultrathink_model.command_line import ArgumentParser
-from ultrathink_model.config import Config, load_config, override_config
-from ultrathink_model.config.profiles import profile_path, resolve_profile
+from ultrathink_model.command_line import ArgumentParser, add_config_flags, given_config
+from ultrathink_model.config import Config, override_config
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.planning.hardware import DEVICES, Device, find_device
 from ultrathink_model.planning.plan import GIB, Plan, make_plan
@@ -19,12 +18,7 @@ TRIED_RANKS = (2, 4, 8, 16, 32, 64)
 def make_parser() -> ArgumentParser:
     """The flags of `run.py plan`."""
     parser = ArgumentParser(prog="run.py plan", description=__doc__ or "")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default="auto", metavar="NAME", help="auto, tiny, small, medium or large")
-    source.add_argument("--config", metavar="FILE", help="a config file in place of a profile's")
-    parser.add_argument(
-        "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="section.key=value, …"
-    )
+    add_config_flags(parser)
     parser.add_argument("--device", metavar="NAME", help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--ranks", type=_positive, default=1, metavar="N", help="devices that train together")
     parser.add_argument("--samples", type=_positive, metavar="N", help="training sequences, for the time")
@@ -42,8 +36,7 @@ def main(arguments: list[str]) -> None:
         ConfigError: The config cannot be used, or the run does not fit the device.
     """
     given = make_parser().parse_args(arguments)
-    path = given.config or profile_path(resolve_profile(given.profile).profile)
-    config = load_config(path, given.override)
+    config = given_config(given)
     device = find_device(given.device) if given.device else None
     plan = make_plan(config, given.ranks, given.samples)
     print(describe(plan))
