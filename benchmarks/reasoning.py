@@ -12,6 +12,7 @@ not counted. Runs are kept in outputs/benchmarks: a cut benchmark goes on where 
 """
 
 import argparse
+import functools
 import math
 import statistics
 import time
@@ -31,7 +32,11 @@ from ultrathink_model.models.transformer import Transformer, build_model
 SHARE_OF_FLOPS = 0.75
 # A step after every warm-up.
 LATE = 10**9
-ENGINE = ["advanced.enable_dre=true"]
+ENGINE = [
+    *("advanced.enable_dre=true", "advanced.dre_warmup_steps=20", "dre.layer_frequency=1", "dre.dense_layers=1"),
+    *("dre.compute_budget=0.25", "dre.deep_share=0.04", "dre.ultra_deep_share=0.01"),
+]
+WIDE = ["model.hidden_size=1024", "model.num_layers=8", "model.num_heads=8", "model.intermediate_size=2816"]
 
 
 def flops_by_step(config: Config) -> Callable[[int], int]:
@@ -104,31 +109,39 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def train_step(model: Transformer) -> Callable[[], None]:
-    """Forward and backward of one batch."""
-    config = model.config
-    tokens = torch.randint(config.model.vocab_size, (config.training.batch_size, config.model.max_seq_length))
+def wide_model(*overrides: str) -> Transformer:
+    """A random model in which products of matrices dominate; its routers choose at random, as many as budgeted."""
+    model = build_model(tiny_config("wide", *WIDE, *overrides))
+    for module in model.modules():
+        if isinstance(module, DepthRouter):
+            torch.nn.init.normal_(module.router.weight, std=0.1)
+    model.train().begin_step(LATE)
+    with torch.no_grad():
+        model(torch.randint(model.config.model.vocab_size, (4, 256)))
+    model.end_step(lambda counts: counts)
+    return model
 
-    def step() -> None:
+
+def speed_ratios(engine: list[str], rounds: int = 3) -> tuple[float, float]:
+    """Medians of the engine's seconds over the dense model's, alternating: a training step, and 48 tokens written."""
+    dense, routed = wide_model(), wide_model(*engine)
+    tokens, prompt = torch.randint(dense.config.model.vocab_size, (2, 256)), torch.ones(1, 32, dtype=torch.int64)
+
+    def train_step(model: Transformer) -> None:
         loss = model.train()(tokens, labels=tokens).loss_sum
         assert loss is not None
         loss.backward()
 
-    return step
+    def write(model: Transformer) -> None:
+        generate(model.eval(), prompt, max_new_tokens=48, temperature=1.0, top_p=1.0)
 
-
-def speed_ratios(dense: Transformer, routed: Transformer, rounds: int = 7) -> tuple[float, float]:
-    """Medians of the engine's seconds over the dense model's, alternating: a training step, and 128 tokens written."""
-    routed.begin_step(LATE)
-    prompt = torch.randint(dense.config.model.vocab_size, (8, 64))
-    ratios: list[tuple[float, float]] = []
+    ratios: dict[Callable[[Transformer], None], list[float]] = {train_step: [], write: []}
     for _ in range(rounds):
-        training = seconds_of(train_step(routed)) / seconds_of(train_step(dense))
-        writing = seconds_of(lambda: generate(routed.eval(), prompt, max_new_tokens=128)) / seconds_of(
-            lambda: generate(dense.eval(), prompt, max_new_tokens=128)
-        )
-        ratios.append((training, writing))
-    return statistics.median(t for t, _ in ratios), statistics.median(w for _, w in ratios)
+        for work, found in ratios.items():
+            found.append(
+                seconds_of(functools.partial(work, routed)) / seconds_of(functools.partial(work, dense)),
+            )
+    return statistics.median(ratios[train_step]), statistics.median(ratios[write])
 
 
 def main() -> None:
@@ -164,9 +177,8 @@ def main() -> None:
             if name == options.tag:
                 same, ratio = agreement(folder, manifest)
                 print(f"  passes as in training {same:.2%} of tokens, perplexity {ratio:.4f} of training's", flush=True)
-    models = [load_model(folder_of(f"{name}_{tail}_{seed}").final_model) for name in ("dense", options.tag)]
-    training, writing = speed_ratios(models[0], models[1])
-    print(f"seconds over the dense model's: training step {training:.3f}, generation {writing:.3f}")
+    training, writing = speed_ratios(engine)
+    print(f"seconds over a dense model's of width 1024: training step {training:.3f}, generation {writing:.3f}")
 
 
 if __name__ == "__main__":
