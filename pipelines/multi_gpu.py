@@ -23,7 +23,7 @@ def multi_gpu_pipeline(
         overrides: Each `section.key=value`, or `stage:section.key=value` for one stage.
     """
     plan = begin("multi_gpu", profile, config, overrides)
-    data = prepare_data(plan["prepare_data"], id="prepare_data")
+    data, _ = prepare_data(plan["prepare_data"], id="prepare_data")
     trained = pretrain(plan["pretrain"], data, id="pretrain")
     evaluation = evaluate(plan["evaluate_pretrain"], data, trained, id="evaluate_pretrain")
     exported = export(plan["export"], trained, evaluation, id="export")

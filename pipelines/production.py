@@ -28,7 +28,7 @@ def production_pipeline(
         overrides: Each `section.key=value`, or `stage:section.key=value` for one stage.
     """
     plan = begin("production", profile, config, overrides)
-    data = prepare_data(plan["prepare_data"], id="prepare_data")
+    data, _ = prepare_data(plan["prepare_data"], id="prepare_data")
     baseline = pretrain(plan["baseline"], data, id="baseline")
     advanced = resume(plan["advanced"], data, baseline, id="advanced")
     stages = {"baseline": baseline, "advanced": advanced}

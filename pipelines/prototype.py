@@ -23,9 +23,9 @@ def prototype_pipeline(
         overrides: Each `section.key=value`, or `stage:section.key=value` for one stage.
     """
     plan = begin("prototype", profile, config, overrides)
-    dummy = prepare_data(plan["prepare_dummy"], id="prepare_dummy")
+    dummy, _ = prepare_data(plan["prepare_dummy"], id="prepare_dummy")
     check = pretrain(plan["check"], dummy, id="check")
-    data = prepare_data(plan["prepare_data"], id="prepare_data", after=["check"])
+    data, _ = prepare_data(plan["prepare_data"], id="prepare_data", after=["check"])
     trained = pretrain(plan["pretrain"], data, id="pretrain")
     evaluation = evaluate(plan["evaluate_pretrain"], data, trained, id="evaluate_pretrain")
     exported = export(plan["export"], trained, evaluation, id="export")

@@ -98,3 +98,14 @@ def test_a_mixture_can_be_a_string_or_a_list():
 def test_a_mixture_that_cannot_be_read_is_refused(mixture):
     with pytest.raises(ConfigError, match=r"data\.mix_datasets"):
         list_sources(make_config({"data": {"mix_datasets": mixture}}).data)
+
+
+def test_a_cap_bounds_what_a_source_gives_and_keeps_the_same_random_part():
+    config = make_config({"data": {}})
+    samples = SampleOrder([100, 50], [0.5, 0.5], config, caps=[10, None])
+    assert samples.epoch_length == 60
+    places = locate(samples, 0, 400)
+    capped = [sequence for source, sequence in places if source == 0]
+    assert len(set(capped)) == 10
+    assert max(capped) > 10
+    assert len({sequence for source, sequence in places if source == 1}) == 50

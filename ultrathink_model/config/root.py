@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from ultrathink_model.config.cleaning import CleaningConfig
 from ultrathink_model.config.constitutional import ConstitutionalConfig
 from ultrathink_model.config.data import DataConfig
 from ultrathink_model.config.model import AdvancedConfig, DREConfig, ModelConfig, MoEConfig, MultimodalConfig
@@ -29,6 +30,9 @@ class Config(Section):
     training: TrainingConfig = Field(TrainingConfig(), description="The training loop.")
     distributed: DistributedConfig = Field(DistributedConfig(), description="Ranks and strategies.")
     data: DataConfig = Field(DataConfig(), description="Sources, tokenizer and loader.")
+    cleaning: CleaningConfig = Field(
+        CleaningConfig(), description="What is mended, masked and removed before tokenizing."
+    )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured, and when.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Metrics and messages.")
     output: OutputConfig = Field(OutputConfig(), description="Where the run writes.")
@@ -162,6 +166,12 @@ class Config(Section):
         steps = self.logging.profile_steps
         if steps is not None and not 1 <= steps[0] <= steps[1]:
             raise ValueError(f"logging.profile_steps={steps} must be [first, last] with 1 <= first <= last")
+        return self
+
+    @model_validator(mode="after")
+    def _slurm_knows_its_partition(self) -> "Config":
+        if self.data.executor == "slurm" and not self.data.slurm_partition:
+            raise ValueError("data.executor=slurm needs data.slurm_partition; name the partition that cleaning runs on")
         return self
 
     @model_validator(mode="after")

@@ -8,72 +8,134 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from ultrathink_model import __version__
 from ultrathink_model.config import Config
-from ultrathink_model.data.intake import Intake
-from ultrathink_model.data.manifest import DataManifest, add_up, save_manifest
+from ultrathink_model.data.card import Notes, write_card
+from ultrathink_model.data.intake import SPLITS, Intake
+from ultrathink_model.data.manifest import FORMAT_VERSION, CleaningPart, DataManifest, add_up, save_manifest
 from ultrathink_model.data.sources import Ingredient
-from ultrathink_model.data.tokenize import SPLITS, write_source
-from ultrathink_model.data.tokenizer import check_fits
+from ultrathink_model.data.tokenize import write_source
+from ultrathink_model.data.tokenizer import Tokenizer, check_fits
 from ultrathink_model.data.tokenizer_choice import choose_tokenizer
 from ultrathink_model.errors import DataError
+
+QUARANTINE_NAME = "quarantine.jsonl"
+TOKENIZER_FOLDER = "tokenizer"
+BUILD_NAME = "build.txt"
 
 logger = logging.getLogger(__name__)
 
 
 def build_folder(config: Config, ingredients: list[Ingredient], fingerprint: str, folder: Path) -> None:
-    """Builds the folder beside its place and renames it there; leftovers of a killed preparation go first.
+    """Builds the folder beside its place and renames it there; what a killed preparation left is gone on with.
 
     Raises:
         DataError: A source cannot be read, is empty, has too many bad rows, or changed while it was read.
         TokenizerError: The tokenizer cannot be had or is larger than `model.vocab_size`.
     """
-    for leftover in folder.parent.glob(f".{fingerprint}.part*"):
-        shutil.rmtree(leftover)
     # A folder without its manifest was not written by a preparation: the rename below needs the place free.
     if folder.exists():
         shutil.rmtree(folder)
-    part = folder.parent / f".{fingerprint}.part{os.getpid()}"
-    part.mkdir()
+    part = folder.parent / f".{fingerprint}.part"
+    _begin(part)
     try:
         _fill_folder(config, ingredients, fingerprint, part)
-        for ingredient in ingredients:
-            if ingredient.source.identity() != ingredient.identity:
-                raise DataError(f"data.dataset={ingredient.source.name} changed while it was read; start again.")
+        _require_unchanged(ingredients)
+        (part / BUILD_NAME).unlink()
         _sync_tree(part)
         part.rename(folder)
         _sync(folder.parent)
-    finally:
+    except Exception:
+        # What failed would fail again; only what was killed or interrupted is worth going on with.
         shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _require_unchanged(ingredients: list[Ingredient]) -> None:
+    for ingredient in ingredients:
+        if ingredient.source.identity() != ingredient.identity:
+            raise DataError(f"data.dataset={ingredient.source.name} changed while it was read; start again.")
+
+
+def _begin(part: Path) -> None:
+    """Takes up a half-built folder of this same version, or begins a new one."""
+    made_by = f"{FORMAT_VERSION} {__version__}\n"
+    record = part / BUILD_NAME
+    if record.is_file() and record.read_text(encoding="utf-8") == made_by:
+        logger.info("going on with the preparation in %s, which was cut short", part)
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    record.write_text(made_by, encoding="utf-8")
 
 
 def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str, part: Path) -> None:
     started = time.monotonic()
-    intakes = [Intake(ingredient.source, config.data) for ingredient in ingredients]
-    tokenizer = choose_tokenizer(config, intakes)
-    check_fits(tokenizer.vocab_size, config.model.vocab_size, config.data.tokenizer_name)
-    tokenizer.save(part / "tokenizer")
+    parts: list[CleaningPart] = []
+    if config.cleaning.enabled:
+        # Imported here because its packages are optional, and take their time.
+        from ultrathink_model.data.cleaning.clean import clean  # noqa: PLC0415
+
+        ingredients, parts, extracted = clean(config, ingredients, part)
+    tokenizer = _settle_tokenizer(config, ingredients, part)
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    infos = [
-        write_source(config, ingredient, tokenizer, part, f"{number:02d}", dtype)
-        for number, ingredient in enumerate(ingredients)
-    ]
+    infos, notes = [], []
+    for number, ingredient in enumerate(ingredients):
+        quarantine = part / f"quarantine_{number:02d}.jsonl"
+        quarantine.unlink(missing_ok=True)
+        intake, note = Intake(ingredient.source, config.data, quarantine), Notes()
+        infos.append(write_source(config, ingredient, tokenizer, part, f"{number:02d}", dtype, intake, note))
+        notes.append(note)
+    if parts:
+        # Bad rows were left out before cleaning.
+        taken = [{"rows": source.rows, "quarantined": source.quarantined} for source in extracted]
+        infos = [info.model_copy(update=update) for info, update in zip(infos, taken, strict=True)]
     manifest = DataManifest(
         path=part,
         fingerprint=fingerprint,
         tokenizer_hash=tokenizer.hash,
         vocab_size=tokenizer.vocab_size,
         sequence_length=config.model.max_seq_length,
+        packing=config.data.packing,
         token_dtype=dtype,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         splits={split: add_up(info.splits[split] for info in infos) for split in SPLITS},
         sources=infos,
         quarantined=sum(info.quarantined for info in infos),
+        cleaning=parts,
     )
+    _collect_quarantine(manifest, part)
+    write_card(manifest, notes, part)
     save_manifest(manifest, part)
+    shutil.rmtree(part / "cleaning", ignore_errors=True)
     size = sum(split.bytes for split in manifest.splits.values()) / 1e6
     seconds = time.monotonic() - started
     logger.info("prepared %.1f MB of text in %.1f s (%.1f MB/s)", size, seconds, size / seconds)
+
+
+def _settle_tokenizer(config: Config, ingredients: list[Ingredient], part: Path) -> Tokenizer:
+    """The tokenizer in `part/tokenizer`, which a killed preparation may have put there."""
+    folder = part / TOKENIZER_FOLDER
+    if not folder.is_dir():
+        tokenizer = choose_tokenizer(config, [Intake(ingredient.source, config.data) for ingredient in ingredients])
+        check_fits(tokenizer.vocab_size, config.model.vocab_size, config.data.tokenizer_name)
+        unfinished = part / f".{TOKENIZER_FOLDER}"
+        tokenizer.save(unfinished)
+        unfinished.rename(folder)
+    return Tokenizer.load(folder)
+
+
+def _collect_quarantine(manifest: DataManifest, part: Path) -> None:
+    """Joins the sources' bad rows in `quarantine.jsonl`; those found before cleaning are in it already."""
+    with (part / QUARANTINE_NAME).open("a", encoding="utf-8") as target:
+        for file in sorted(part.glob("quarantine_*.jsonl")):
+            target.write(file.read_text(encoding="utf-8"))
+            file.unlink()
+    if manifest.quarantined:
+        logger.warning("%d rows are in %s", manifest.quarantined, QUARANTINE_NAME)
+    else:
+        (part / QUARANTINE_NAME).unlink()
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """What a source yields: rows as they are read, documents that keep the schema, and rows that do not."""
 
 from dataclasses import asdict, dataclass
+from typing import Literal
+
+Split = Literal["train", "validation"]
 
 EXCERPT_LENGTH = 200
 
@@ -12,6 +15,16 @@ class Row:
     file: str
     number: int
     text: object
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A row that keeps the schema, or a part of one, with the split that it belongs to."""
+
+    split: Split
+    text: str
+    file: str
+    row: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,17 @@
-"""The formats of local files: text, JSON Lines and Parquet, each read as a stream of rows."""
+"""The formats of local files: text, JSON Lines, CSV and Parquet, each read as a stream of rows."""
 
 import codecs
+import csv
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ultrathink_model.data.compression import COMPRESSIONS, open_bytes
 from ultrathink_model.data.document import BadRow, Row, make_excerpt
-from ultrathink_model.data.json_lines import read_json_lines
+from ultrathink_model.data.json_lines import MAX_ROW_BYTES, read_json_lines
 from ultrathink_model.errors import DataError
 
 BLOCK_BYTES = 2**20
@@ -16,26 +19,32 @@ BLOCK_BYTES = 2**20
 # not grow with the file.
 DOCUMENT_CHARACTERS = 2**22
 PARQUET_BATCH_ROWS = 256
+WIDE_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 Reader = Callable[[Path, str, str], Iterator[Row | BadRow]]
 
 
-def read_text(path: Path, name: str, text_column: str) -> Iterator[Row]:
+def read_text(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
     """A text file as one document, or as several where it passes `DOCUMENT_CHARACTERS`.
 
-    Bytes are kept as they are, line ends too; only a byte order mark at the beginning is taken off.
+    Bytes are kept as they are, line ends too; only a byte order mark at the beginning is taken off. A file with a byte
+    that is not UTF-8 is a bad row; of one that was cut, the documents before that byte stand.
 
     Raises:
-        DataError: The file cannot be read, or a byte of it is not UTF-8.
+        DataError: The file cannot be read.
     """
     number, document = 0, ""
-    for piece in _decode(path):
-        document += piece
-        while len(document) > DOCUMENT_CHARACTERS:
-            cut = document.rfind("\n", 1, DOCUMENT_CHARACTERS) + 1 or DOCUMENT_CHARACTERS
-            number += 1
-            yield Row(name, number, document[:cut])
-            document = document[cut:]
+    try:
+        for piece in _decode(path):
+            document += piece
+            while len(document) > DOCUMENT_CHARACTERS:
+                cut = document.rfind("\n", 1, DOCUMENT_CHARACTERS) + 1 or DOCUMENT_CHARACTERS
+                number += 1
+                yield Row(name, number, document[:cut])
+                document = document[cut:]
+    except UnicodeDecodeError as error:
+        yield BadRow(name, number + 1, "file is UTF-8", _explain_encoding(error, path))
+        return
     if document or number == 0:
         yield Row(name, number + 1, document)
 
@@ -44,27 +53,34 @@ def _decode(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             while block := file.read(BLOCK_BYTES):
                 # The decoder holds back the first bytes of a character that the next block completes.
                 pending = len(decoder.getstate()[0])
-                yield _decode_block(decoder, block, offset - pending, path)
+                yield _decode_block(decoder, block, offset - pending)
                 offset += len(block)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name a file that can be read.") from None
-    _decode_block(decoder, b"", offset - len(decoder.getstate()[0]), path, final=True)
+        raise _unreadable(path, error) from None
+    _decode_block(decoder, b"", offset - len(decoder.getstate()[0]), final=True)
 
 
-def _decode_block(decoder: codecs.IncrementalDecoder, block: bytes, start: int, path: Path, final: bool = False) -> str:
+def _decode_block(decoder: codecs.IncrementalDecoder, block: bytes, start: int, final: bool = False) -> str:
     try:
         text = decoder.decode(block, final)
     except UnicodeDecodeError as error:
-        place = start + error.start
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place} ({error.reason}). Convert the "
-            f"file (for one in Latin-1: iconv -f LATIN1 -t UTF-8 {path.name}), or leave it out."
-        ) from None
+        error.start += start  # from the block's beginning to the file's
+        error.end = error.start + 1
+        raise
     return text.removeprefix("\ufeff") if start == 0 else text
+
+
+def _explain_encoding(error: UnicodeDecodeError, path: Path) -> str:
+    with open_bytes(path) as file:
+        encoding = WIDE_MARKS.get(file.read(2), "LATIN1")
+    return (
+        f"{error.reason} at offset {error.start}; convert the file (for one in {encoding}: "
+        f"iconv -f {encoding} -t UTF-8 {path.name}), or leave it out"
+    )
 
 
 def read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
@@ -80,6 +96,54 @@ def read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow
             yield BadRow(name, number, f"row has the column {text_column!r}", make_excerpt(values))
 
 
+def read_csv(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
+    """One document for each record after the header, from its `text_column`; fields may hold quoted line ends.
+
+    Raises:
+        DataError: The file cannot be read, or its header has no such column.
+    """
+    for number, record in read_csv_records(path, name, (text_column,)):
+        yield record if isinstance(record, BadRow) else Row(name, number, record[text_column])
+
+
+def read_csv_records(path: Path, name: str, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str] | BadRow]]:
+    """The records of a CSV file by column, with their numbers from 1; records of another width are bad rows.
+
+    Raises:
+        DataError: The file cannot be read, or its header lacks a wanted column.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        with open_bytes(path) as raw:
+            # Bytes that are not UTF-8 become lone surrogates, which mark their record and no other as bad.
+            lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            records = csv.reader(lines, strict=True)
+            header = next(records, [])
+            missing = [column for column in wanted if column not in header]
+            if missing and header:
+                raise DataError(
+                    f"{path} has no column {missing[0]!r} but {', '.join(header)}; set data.text_column to one of them."
+                )
+            for number, record in enumerate(records, start=1):
+                if record:
+                    yield number, _csv_record(name, number, header, record)
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV ({error}); write the file again with quoted fields.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _csv_record(name: str, number: int, header: list[str], record: list[str]) -> dict[str, str] | BadRow:
+    excerpt = make_excerpt(",".join(record))
+    if len(record) != len(header):
+        return BadRow(name, number, f"row has the header's {len(header)} fields", excerpt)
+    try:
+        ",".join(record).encode()
+    except UnicodeEncodeError:
+        return BadRow(name, number, "row is UTF-8", excerpt)
+    return dict(zip(header, record, strict=True))
+
+
 def read_parquet(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
     """One document for each row, from its `text_column`, a batch of rows in memory at a time.
 
@@ -87,7 +151,7 @@ def read_parquet(path: Path, name: str, text_column: str) -> Iterator[Row | BadR
         DataError: The file is not whole Parquet, or has no such column.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(_seekable(path)) as file:
             columns = file.schema_arrow.names
             if text_column not in columns:
                 raise DataError(
@@ -104,6 +168,14 @@ def read_parquet(path: Path, name: str, text_column: str) -> Iterator[Row | BadR
         ) from None
 
 
+def _seekable(path: Path) -> Path | pa.BufferReader:
+    """Parquet is read from its end: a compressed file is first decompressed into memory."""
+    if path.suffix.lower() not in COMPRESSIONS:
+        return path
+    with open_bytes(path) as file:
+        return pa.BufferReader(file.read())
+
+
 def _parquet_row(value: pa.Scalar, name: str, number: int) -> Row | BadRow:
     try:
         return Row(name, number, value.as_py())
@@ -113,6 +185,13 @@ def _parquet_row(value: pa.Scalar, name: str, number: int) -> Row | BadRow:
         )
 
 
+def _unreadable(path: Path, error: OSError) -> DataError:
+    if error.strerror is None:
+        # Of the decompressor: a cut or damaged stream.
+        return DataError(f"{path} is damaged ({error}); copy the file again.")
+    return DataError(f"{path}: {error.strerror}; name a file that can be read.")
+
+
 READERS: dict[str, Reader] = {
     ".txt": read_text,
     ".text": read_text,
@@ -120,6 +199,8 @@ READERS: dict[str, Reader] = {
     ".markdown": read_text,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
+    ".json": read_jsonl,
+    ".csv": read_csv,
     ".parquet": read_parquet,
     ".pq": read_parquet,
 }

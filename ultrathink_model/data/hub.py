@@ -104,7 +104,7 @@ class HubSource:
         return (
             f"data.dataset={self.name} cannot be had: there is no such file or folder here, {known.hub_id}{subset} is not "
             f"in the cache ({cache}), and the hub does not answer ({trouble}). Either give a "
-            "local copy (data.dataset=PATH of text, JSONL or Parquet; data.mirror_dir for a folder of copies by name), or "
+            "local copy (data.dataset=PATH of text, JSONL, CSV or Parquet; data.mirror_dir for a folder of copies by name), or "
             "start again with a network. The built-in data.dataset=sotu needs neither."
         )
 

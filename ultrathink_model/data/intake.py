@@ -7,13 +7,13 @@ from itertools import islice
 from pathlib import Path
 
 from ultrathink_model.config.data import DataConfig
-from ultrathink_model.data.document import BadRow
-from ultrathink_model.data.manifest import Split
+from ultrathink_model.data.document import BadRow, Document, Row, Split
 from ultrathink_model.data.schema import check_rows
 from ultrathink_model.data.sources import Source
 from ultrathink_model.errors import DataError
 
 NAMED_RULES = 3
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 class Intake:
@@ -39,16 +39,16 @@ class Intake:
         """Rows that broke a rule so far."""
         return self._rules.total()
 
-    def documents(self) -> Iterator[tuple[Split, str]]:
-        """Each document's split and text, in the source's order.
+    def documents(self) -> Iterator[Document]:
+        """The documents in the source's order.
 
         Raises:
             DataError: A split is empty, or more rows than `data.max_quarantine_fraction` were refused.
         """
         seen: Counter[Split] = Counter()
-        for split, text in self._split_documents():
-            seen[split] += 1
-            yield split, text
+        for document in self._split_documents():
+            seen[document.split] += 1
+            yield document
         if not seen:
             rules = f", for these rules: {self._commonest_rules()}" if self.quarantined else ""
             raise DataError(
@@ -61,16 +61,15 @@ class Intake:
                 "documents, and both are needed; give it more text."
             )
 
-    def _split_documents(self) -> Iterator[tuple[Split, str]]:
+    def _split_documents(self) -> Iterator[Document]:
         if self._source.has_validation:
-            for text in self._texts("train"):
-                yield "train", text
-            for text in self._texts("validation"):
-                yield "validation", text
+            for split in SPLITS:
+                for row in self._rows(split):
+                    yield Document(split, str(row.text), row.file, row.number)
         else:
-            yield from hold_out(self._texts("train"), self._data.validation_every)
+            yield from hold_out(self._rows("train"), self._data.validation_every)
 
-    def _texts(self, split: Split) -> Iterator[str]:
+    def _rows(self, split: Split) -> Iterator[Row]:
         for item in check_rows(self._source.rows(split)):
             if split == "train" and self.train_full:
                 return
@@ -106,29 +105,34 @@ class Intake:
         )
 
 
-def hold_out(texts: Iterator[str], every: int) -> Iterator[tuple[Split, str]]:
+def hold_out(rows: Iterator[Row], every: int) -> Iterator[Document]:
     """Holds out every n-th document: of fewer than n the last one, and of a lone document its last n-th part.
 
     By index and not at random: a source of n documents or more keeps its split as it grows, and any tool can repeat it.
     """
-    first = list(islice(texts, every))
+    first = list(islice(rows, every))
     if len(first) == 1:
         yield from _cut_in_two(first[0], every)
         return
-    for number, text in enumerate(first, start=1):
-        yield ("validation" if number == len(first) else "train"), text
-    for number, text in enumerate(texts, start=1):
-        yield ("train" if number % every else "validation"), text
+    for number, row in enumerate(first, start=1):
+        yield _document("validation" if number == len(first) else "train", row)
+    for number, row in enumerate(rows, start=1):
+        yield _document("train" if number % every else "validation", row)
 
 
-def _cut_in_two(text: str, every: int) -> Iterator[tuple[Split, str]]:
+def _cut_in_two(row: Row, every: int) -> Iterator[Document]:
     """Cuts at the last line's end before the held-out part, or between words, or anywhere."""
+    text = str(row.text)
     place = len(text) - len(text) // every
     for mark in ("\n", " "):
         at = text.rfind(mark, place // 2, place)
         if at >= 0:
             place = at + 1
             break
-    yield "train", text[:place]
+    yield Document("train", text[:place], row.file, row.number)
     if text[place:].strip():
-        yield "validation", text[place:]
+        yield Document("validation", text[place:], row.file, row.number)
+
+
+def _document(split: Split, row: Row) -> Document:
+    return Document(split, str(row.text), row.file, row.number)

@@ -16,7 +16,7 @@ from ultrathink_model.config.model import MoEConfig
 from ultrathink_model.data.batch import NO_GROUP, Batch, make_batch
 from ultrathink_model.data.manifest import DataManifest, SourceInfo, Split
 from ultrathink_model.data.mixture import SampleOrder
-from ultrathink_model.data.pack import Row, padding_row, read_row
+from ultrathink_model.data.packing import BestFitRows, Row, StreamRows, padding_row, read_row
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.errors import ConfigError
 
@@ -69,16 +69,22 @@ class SplitReader:
         manifest = self._manifest
         if source < 0:
             return padding_row(manifest.sequence_length, manifest.pad_id)
-        stream = self._streams[source]
-        return read_row(stream, sequence, manifest.sequence_length, manifest.eos_id, manifest.pad_id)
+        stream, rows = self._streams[source]
+        return read_row(stream, rows[sequence], manifest.sequence_length, manifest.eos_id, manifest.pad_id)
 
     @functools.cached_property
-    def _streams(self) -> list[TokenStream]:
+    def _streams(self) -> list[tuple[TokenStream, StreamRows | BestFitRows]]:
         # Opened at the first row: each loader process then maps the files for itself.
         manifest = self._manifest
-        return [
-            TokenStream(manifest.path, source.shards[self._split], manifest.token_dtype) for source in manifest.sources
-        ]
+        opened: list[tuple[TokenStream, StreamRows | BestFitRows]] = []
+        for source in manifest.sources:
+            shards = source.shards[self._split]
+            stream = TokenStream(manifest.path, shards, manifest.token_dtype)
+            if manifest.packing == "stream":
+                opened.append((stream, StreamRows(len(stream), manifest.sequence_length)))
+            else:
+                opened.append((stream, BestFitRows((manifest.path / shards[0].tokens_file).parent)))
+        return opened
 
 
 def expert_group_index(source: SourceInfo) -> int:
@@ -154,7 +160,10 @@ class _Steps(Dataset[list[Batch]]):
 
     def __init__(self, manifest: DataManifest, config: Config, rank: int, world_size: int) -> None:
         self._reader = SplitReader(manifest, "train")
-        self.order = SampleOrder(self._reader.sequences, [source.weight for source in manifest.sources], config)
+        # A cap counts tokens; what a row holds of them is the sequence length, but for the last row.
+        caps = [source.cap and max(1, source.cap // manifest.sequence_length) for source in manifest.sources]
+        weights = [source.weight for source in manifest.sources]
+        self.order = SampleOrder(self._reader.sequences, weights, config, caps)
         self._micro_batch = config.training.batch_size
         self._accumulation = accumulation_steps(config, world_size)
         self._rank, self._world_size = rank, world_size

@@ -1,4 +1,4 @@
-"""Local sources: a file, a folder or a glob of text, Markdown, JSON Lines and Parquet."""
+"""Local sources: a file, a folder or a glob of text, Markdown, JSON Lines, CSV and Parquet."""
 
 import glob
 import hashlib
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ultrathink_model.data.articles import join_articles
+from ultrathink_model.data.compression import COMPRESSIONS, format_suffix
 from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.file_formats import READERS
 from ultrathink_model.data.file_hashes import FileHashes
 from ultrathink_model.data.manifest import Split
 from ultrathink_model.errors import DataError
+
+WITHIN_FOLDER = "file lies within the folder"
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class LocalFile:
 
     path: Path
     name: str
+    leaves_folder: bool = False
+    """Whether it is a link to somewhere outside the folder that was named: not read, and a bad row."""
 
 
 class LocalSource:
@@ -45,7 +50,7 @@ class LocalSource:
     Args:
         name: The source's name in messages.
         files: What `find_files` found.
-        text_column: Column of the text in JSON Lines and Parquet.
+        text_column: Column of the text in JSON Lines, CSV and Parquet.
         article_heading: As in `KnownDataset`: the line that opens an article, where rows or files are lines.
         hashes: Where file hashes are remembered.
     """
@@ -91,18 +96,28 @@ class LocalSource:
     def rows(self, split: Split) -> Iterator[Row | BadRow]:
         """The rows of the split's files, file by file."""
         for file in self._files[split]:
-            rows = READERS[file.path.suffix.lower()](file.path, file.name, self._text_column)
+            if file.leaves_folder:
+                yield BadRow(file.name, 0, WITHIN_FOLDER, f"link to {file.path.resolve()}")
+                continue
+            rows = READERS[format_suffix(file.path)](file.path, file.name, self._text_column)
             yield from rows if self._article_heading is None else join_articles(rows, self._article_heading)
 
     def _hash(self, file: LocalFile) -> str:
+        if file.leaves_folder:
+            return WITHIN_FOLDER
         try:
             return self._hashes.hash(file.path)
         except OSError as error:
             raise DataError(f"{file.path}: {error.strerror}; name a file that can be read.") from None
 
 
-def find_files(name: str) -> list[LocalFile]:
+def find_files(name: str, within: str | None = None) -> list[LocalFile]:
     """The readable files that a path or glob stands for, sorted by name.
+
+    Args:
+        name: The path or glob.
+        within: Folder that links may lead to; None takes the named folder itself. A file that is named alone may be
+            anywhere.
 
     Raises:
         DataError: Nothing is there, or nothing of a known format.
@@ -110,9 +125,10 @@ def find_files(name: str) -> list[LocalFile]:
     path = Path(name).expanduser()
     formats = ", ".join(READERS)
     if path.is_file():
-        if path.suffix.lower() not in READERS:
+        if format_suffix(path) not in READERS:
             raise DataError(
-                f"data.dataset={name}: the format {path.suffix or '(no suffix)'} is not among {formats}; rename or convert the file."
+                f"data.dataset={name}: the format {path.suffix or '(no suffix)'} is not among {formats} (each also with "
+                f"{' or '.join(COMPRESSIONS)}); rename or convert the file."
             )
         return [LocalFile(path, path.name)]
     if path.is_dir():
@@ -122,15 +138,30 @@ def find_files(name: str) -> list[LocalFile]:
         found = [Path(match) for match in glob.glob(pattern, recursive=True)]
         root = Path(re.split(r"[*?\[]", pattern, maxsplit=1)[0] or ".")
         root = root if root.is_dir() else root.parent
-    files = [file for file in found if file.is_file()]
+    files = [file for file in found if file.is_file() or _is_folder_link(file)]
     if not files:
         raise DataError(f"data.dataset={name}: there is no such file or folder, or it is empty; correct the path.")
-    known = [file for file in files if file.suffix.lower() in READERS]
+    known = [file for file in files if format_suffix(file) in READERS or _is_folder_link(file)]
     if not known:
         raise DataError(f"data.dataset={name}: none of its {len(files)} files is of a known format ({formats}).")
     if len(known) < len(files):
         logger.info("%s: %d files of other formats than %s are not read", name, len(files) - len(known), formats)
-    return sorted((LocalFile(file, file.relative_to(root).as_posix()) for file in known), key=lambda file: file.name)
+    home = (root if within is None else Path(within)).resolve()
+    listed = [
+        LocalFile(file, file.relative_to(root).as_posix(), leaves_folder=_leaves(file, home))
+        for file in known
+        # A link to a folder within is not followed: what it shows is found in its own place.
+        if not _is_folder_link(file) or _leaves(file, home)
+    ]
+    return sorted(listed, key=lambda file: file.name)
+
+
+def _is_folder_link(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir()
+
+
+def _leaves(path: Path, home: Path) -> bool:
+    return path.is_symlink() and not path.resolve().is_relative_to(home)
 
 
 def looks_like_path(name: str) -> bool:
@@ -140,7 +171,7 @@ def looks_like_path(name: str) -> bool:
         or bool(re.search(r"[*?\[\\]", name))
         or name.startswith((".", "/", "~"))
         or name.count("/") > 1
-        or Path(name).suffix.lower() in READERS
+        or format_suffix(Path(name)) in READERS
     )
 
 

@@ -8,13 +8,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ultrathink_model.config.data import ExpertGroup
+from ultrathink_model.config.data import ExpertGroup, Packing
+from ultrathink_model.data.document import Split
 from ultrathink_model.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION: Literal[1] = 1
-
-Split = Literal["train", "validation"]
+FORMAT_VERSION: Literal[2] = 2
 
 
 class SplitInfo(BaseModel):
@@ -22,7 +21,8 @@ class SplitInfo(BaseModel):
 
     `tokens` counts the tokens that a pass over the split predicts, each once: every token of every document and the
     end-of-text token after it. `bytes` counts the UTF-8 bytes of the documents' text, without any mark between them.
-    The loss of a whole pass in nats, divided by `bytes` and ln 2, is therefore bits per byte.
+    The loss of a whole pass in nats, divided by `bytes` and ln 2, is therefore bits per byte. `padding` counts the places
+    of its sequences that hold no token.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -31,6 +31,12 @@ class SplitInfo(BaseModel):
     tokens: int
     bytes: int
     sequences: int
+    padding: int
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the sequences' places that hold no token."""
+        return self.padding / max(self.padding + self.tokens, 1)
 
 
 def add_up(infos: Iterable[SplitInfo]) -> SplitInfo:
@@ -41,6 +47,7 @@ def add_up(infos: Iterable[SplitInfo]) -> SplitInfo:
         tokens=sum(info.tokens for info in every),
         bytes=sum(info.bytes for info in every),
         sequences=sum(info.sequences for info in every),
+        padding=sum(info.padding for info in every),
     )
 
 
@@ -63,12 +70,26 @@ class SourceInfo(BaseModel):
     name: str
     licence: str
     weight: float
+    cap: int | None
     expert_group: ExpertGroup | None
     identity: dict[str, object]
     rows: int
     quarantined: int
+    duplicates: int
+    """Documents that equal an earlier one of the source and are still in it."""
     splits: dict[Split, SplitInfo]
     shards: dict[Split, list[ShardInfo]]
+
+
+class CleaningPart(BaseModel):
+    """What one part of cleaning did: the documents that it saw, those that it removed, and whatever else it counts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    documents: int
+    removed: int
+    counts: dict[str, int]
 
 
 class DataManifest(BaseModel):
@@ -76,18 +97,20 @@ class DataManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     path: Path
     fingerprint: str
     tokenizer_hash: str
     vocab_size: int
     sequence_length: int
+    packing: Packing
     token_dtype: Literal["uint16", "uint32"]
     eos_id: int
     pad_id: int
     splits: dict[Split, SplitInfo]
     sources: list[SourceInfo]
     quarantined: int
+    cleaning: list[CleaningPart]
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -23,7 +23,7 @@ def list_sources(data: DataConfig) -> list[DataSource]:
         ConfigError: The mixture is not of the form "a:0.3,b:0.7", names a source twice, or has a weight too small.
     """
     if data.mix_datasets is None:
-        return [DataSource(dataset=data.dataset, weight=1.0, expert_group=None)]
+        return [DataSource(dataset=data.dataset, weight=1.0, cap=None, expert_group=None)]
     mixture = data.mix_datasets
     sources = _parse_mixture(mixture) if isinstance(mixture, str) else mixture
     if not sources:
@@ -55,7 +55,7 @@ def _parse_mixture(text: str) -> list[DataSource]:
             raise ConfigError(
                 f'data.mix_datasets: {part!r} is not NAME:WEIGHT with a weight above 0, as in "wikitext:0.3,sotu:0.7".'
             )
-        sources.append(DataSource(dataset=name.strip(), weight=weight, expert_group=None))
+        sources.append(DataSource(dataset=name.strip(), weight=weight, cap=None, expert_group=None))
     return sources
 
 
@@ -77,27 +77,38 @@ class SampleOrder:
     Positions fall into blocks in which source k has exactly nₖ places, shuffled by (seed, block). The j-th place of
     source k in block b is therefore that source's sample number b·nₖ + j, and no block needs the ones before it. Samples
     of a source are numbered through its epochs, each a new permutation by (seed, source, epoch), so that a source
-    repeats nothing before it has given everything. With `train_samples`, a source uses only its share of that number: a
-    random part of its sequences (the first ones would be one period or one author), the same in every epoch, so that an
-    epoch is a pass over it.
+    repeats nothing before it has given everything. With `train_samples`, a source uses only its share of that number,
+    and with a cap no more than that: a random part of its sequences (the first ones would be one period or one author),
+    the same in every epoch, so that an epoch is a pass over it.
 
     Args:
         sequences: Training sequences of each source, at least 1.
         weights: Shares of the sources, which sum to 1.
         config: `training.seed` and `data.train_samples`.
+        caps: Most sequences of each source; None bounds none of them.
     """
 
-    def __init__(self, sequences: Sequence[int], weights: Sequence[float], config: Config) -> None:
+    def __init__(
+        self,
+        sequences: Sequence[int],
+        weights: Sequence[float],
+        config: Config,
+        caps: Sequence[int | None] | None = None,
+    ) -> None:
         self._seed = config.training.seed
         self._sequences = list(sequences)
         self._counts = tuple(apportion(weights, BLOCK))
         bound = config.data.train_samples
         self._used = [
-            total if bound is None else min(total, max(1, round(bound * weight)))
-            for total, weight in zip(sequences, weights, strict=True)
+            min(
+                total,
+                total if cap is None else cap,
+                total if bound is None else max(1, round(bound * weight)),
+            )
+            for total, weight, cap in zip(sequences, weights, caps or [None] * len(sequences), strict=True)
         ]
         if bound is None:
-            self.epoch_length = sum(sequences)
+            self.epoch_length = sum(self._used)
         else:
             self.epoch_length = bound if len(weights) > 1 else self._used[0]
 

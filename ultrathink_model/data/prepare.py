@@ -1,9 +1,11 @@
 """Preparation: from the sources of a config to a folder of token shards, named by a hash of what it was made from."""
 
 import hashlib
+import importlib
 import json
 import logging
 from pathlib import Path
+from types import ModuleType
 
 from filelock import FileLock
 
@@ -13,7 +15,7 @@ from ultrathink_model.data.mixture import list_sources
 from ultrathink_model.data.sources import Ingredient, open_source
 from ultrathink_model.data.tokenizer import check_fits
 from ultrathink_model.data.tokenizer_choice import tokenizer_identity
-from ultrathink_model.errors import DataError
+from ultrathink_model.errors import DataError, DependencyError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ def prepare_data(config: Config) -> DataManifest:
         DataError: A source is missing, empty or unreadable, too many of its rows break the schema, or the cache folder
             cannot be written.
         TokenizerError: The tokenizer cannot be had or is larger than `model.vocab_size`.
-        ConfigError: The mixture cannot be read.
+        ConfigError: The mixture cannot be read, or a language to keep is not known.
+        DependencyError: Cleaning is asked for, and its packages or its executor are not there.
     """
     cache = Path(config.data.cache_dir)
     try:
@@ -61,6 +64,21 @@ def prepare_data(config: Config) -> DataManifest:
     return manifest
 
 
+def _load_cleaning() -> ModuleType:
+    """The package that cleans, whose dependencies are optional.
+
+    Raises:
+        DependencyError: They are not installed.
+    """
+    try:
+        return importlib.import_module("ultrathink_model.data.cleaning.clean")
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"the section `cleaning` asks for cleaning, which needs the package {error.name}: pip install "
+            "'ultrathink-model[cleaning]', or switch its parts off."
+        ) from None
+
+
 def _gather(config: Config) -> list[Ingredient]:
     specs = list_sources(config.data)
     sources = [open_source(spec.dataset, config.data) for spec in specs]
@@ -72,14 +90,18 @@ def _fingerprint(config: Config, ingredients: list[Ingredient]) -> str:
     parts = {
         "format": FORMAT_VERSION,
         "sources": [
-            {"weight": ingredient.spec.weight, "expert_group": ingredient.spec.expert_group} | ingredient.identity
+            {"weight": ingredient.spec.weight, "cap": ingredient.spec.cap, "expert_group": ingredient.spec.expert_group}
+            | ingredient.identity
             for ingredient in ingredients
         ],
         "tokenizer": tokenizer_identity(config),
         "sequence_length": config.model.max_seq_length,
         "validation_every": config.data.validation_every,
         "max_quarantine_fraction": config.data.max_quarantine_fraction,
+        "packing": config.data.packing,
     }
+    if config.cleaning.enabled:
+        parts["cleaning"] = _load_cleaning().cleaning_identity(config)
     if any(ingredient.source.streaming for ingredient in ingredients):
         # A stream is read only as far as the epoch needs it.
         parts["train_samples"] = config.data.train_samples

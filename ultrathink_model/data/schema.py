@@ -40,8 +40,8 @@ def text_column() -> pa.Column:
 DOCUMENT_SCHEMA = pa.DataFrameSchema({"text": text_column()}, strict=True)
 
 
-def check_rows(rows: Iterable[Row | BadRow]) -> Iterator[str | BadRow]:
-    """The texts of the rows that keep the schema, and the others as bad rows, in the order they came."""
+def check_rows(rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """The rows that keep the schema as they are, and the others as bad rows, in the order they came."""
     chunk: list[Row | BadRow] = []
     characters = 0
     for row in rows:
@@ -54,7 +54,7 @@ def check_rows(rows: Iterable[Row | BadRow]) -> Iterator[str | BadRow]:
         yield from _check_chunk(chunk)
 
 
-def _check_chunk(chunk: list[Row | BadRow]) -> Iterator[str | BadRow]:
+def _check_chunk(chunk: list[Row | BadRow]) -> Iterator[Row | BadRow]:
     values = [row.text if isinstance(row, Row) else "unread" for row in chunk]
     broken = broken_rules(DOCUMENT_SCHEMA, pd.DataFrame({"text": pd.Series(values, dtype=object)}))
     for number, row in enumerate(chunk):
@@ -63,7 +63,7 @@ def _check_chunk(chunk: list[Row | BadRow]) -> Iterator[str | BadRow]:
         elif number in broken:
             yield BadRow(row.file, row.number, broken[number], make_excerpt(row.text))
         else:
-            yield str(row.text)
+            yield row
 
 
 def broken_rules(schema: pa.DataFrameSchema, frame: pd.DataFrame) -> dict[int, str]:

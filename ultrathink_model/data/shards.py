@@ -8,22 +8,45 @@ from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
+from pydantic import BaseModel
 
 from ultrathink_model.data.manifest import ShardInfo
 
 # 2**27 tokens are 256 or 512 MB on disk: few files, yet each small enough to copy or check alone.
 SHARD_TOKENS = 2**27
+END_BYTES = 8
+
+
+class WriterState(BaseModel):
+    """How far a writer is: its finished shards, and what is on disk of the open one."""
+
+    shards: list[ShardInfo] = []
+    tokens: int = 0
+    documents: int = 0
 
 
 class ShardWriter:
-    """Writes documents into numbered shards of one folder; a document never spans two shards."""
+    """Writes documents into numbered shards of one folder; a document never spans two shards.
 
-    def __init__(self, root: Path, folder: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
-        self.shards: list[ShardInfo] = []
+    Args:
+        root: Folder that the shards' names are given within.
+        folder: Where in it they go.
+        dtype: Type of a token.
+        shard_tokens: Tokens after which a shard is closed.
+        state: Where an earlier writer stopped; what it wrote after that is cut off.
+    """
+
+    def __init__(
+        self, root: Path, folder: str, dtype: str, shard_tokens: int = SHARD_TOKENS, state: WriterState | None = None
+    ) -> None:
+        state = state or WriterState()
+        self.shards = list(state.shards)
         self._root, self._folder, self._dtype, self._limit = root, folder, np.dtype(dtype), shard_tokens
-        self._ends: list[int] = []
-        self._file: BinaryIO | None = None
-        (root / folder).mkdir(parents=True)
+        self._tokens, self._documents = state.tokens, state.documents
+        self._files: tuple[BinaryIO, BinaryIO] | None = None
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        if self._documents:
+            self._open("r+b")
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -33,43 +56,60 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self._close_shard()
-        elif self._file is not None:
-            self._file.close()
+        else:
+            for file in self._files or ():
+                file.close()
 
     def add(self, tokens: Iterable[int]) -> int:
         """Appends one document and says how many tokens it has."""
         values = np.fromiter(tokens, dtype=self._dtype)
-        length = self._ends[-1] if self._ends else 0
-        if self._ends and length + values.size > self._limit:
+        if self._documents and self._tokens + values.size > self._limit:
             self._close_shard()
-            length = 0
-        if self._file is None:
-            self._file = (self._root / self._name("bin")).open("wb")
-        self._file.write(values.tobytes())
-        self._ends.append(length + values.size)
+        if self._files is None:
+            self._open("wb")
+        assert self._files is not None
+        self._tokens += values.size
+        self._documents += 1
+        self._files[0].write(values.tobytes())
+        self._files[1].write(self._tokens.to_bytes(END_BYTES, "little"))
         return int(values.size)
+
+    def state(self) -> WriterState:
+        """Where the writer is, once all that is on disk."""
+        for file in self._files or ():
+            file.flush()
+            os.fsync(file.fileno())
+        return WriterState(shards=self.shards, tokens=self._tokens, documents=self._documents)
+
+    def _open(self, mode: str) -> None:
+        tokens, ends = ((self._root / self._name(kind)).open(mode) for kind in ("bin", "ends"))
+        for file, size in ((tokens, self._tokens * self._dtype.itemsize), (ends, self._documents * END_BYTES)):
+            file.truncate(size)
+            file.seek(size)
+        self._files = tokens, ends  # type: ignore[assignment]
 
     def _name(self, kind: str) -> str:
         return f"{self._folder}/{len(self.shards):05d}.{kind}"
 
     def _close_shard(self) -> None:
-        if self._file is None:
+        if self._files is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        with (self._root / self._name("ends.npy")).open("wb") as file:
-            np.save(file, np.asarray(self._ends, dtype=np.int64), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+        self.state()
+        for file in self._files:
+            file.close()
         info = ShardInfo(
             tokens_file=self._name("bin"),
-            documents_file=self._name("ends.npy"),
-            tokens=self._ends[-1],
-            documents=len(self._ends),
+            documents_file=self._name("ends"),
+            tokens=self._tokens,
+            documents=self._documents,
         )
         self.shards.append(info)
-        self._file, self._ends = None, []
+        self._files, self._tokens, self._documents = None, 0, 0
+
+
+def read_ends(root: Path, shard: ShardInfo) -> Int64[np.ndarray, " documents"]:
+    """The offsets just past the last token of each document of a shard, rising, mapped from the file."""
+    return np.memmap(root / shard.documents_file, dtype="<i8", mode="r").view(np.ndarray)
 
 
 class TokenStream:
@@ -79,9 +119,7 @@ class TokenStream:
         self._tokens = [
             np.memmap(root / shard.tokens_file, dtype=np.dtype(dtype), mode="r").view(np.ndarray) for shard in shards
         ]
-        self._ends = [
-            np.load(root / shard.documents_file, mmap_mode="r", allow_pickle=False).view(np.ndarray) for shard in shards
-        ]
+        self._ends = [read_ends(root, shard) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
 
     def __len__(self) -> int:

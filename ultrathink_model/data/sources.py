@@ -74,7 +74,7 @@ def open_source(name: str, data: DataConfig) -> Source:
     known = KNOWN_DATASETS.get(name)
     mirror = find_mirror(name, known, data)
     if mirror is not None or (known is None and looks_like_path(name)):
-        files = find_files(name if mirror is None else str(mirror))
+        files = find_files(name) if mirror is None else find_files(str(mirror), within=data.mirror_dir)
         described = known or KnownDataset(name, licence="")
         column = data.text_column or described.text_column
         return LocalSource(name, files, column, FileHashes(Path(data.cache_dir)), described.article_heading)

@@ -4,100 +4,136 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from ultrathink_model.config import Config
-from ultrathink_model.data.intake import Intake
-from ultrathink_model.data.manifest import SourceInfo, Split, SplitInfo
-from ultrathink_model.data.pack import count_sequences
-from ultrathink_model.data.shards import ShardWriter
+from ultrathink_model.data.card import Notes
+from ultrathink_model.data.document import Document, Split
+from ultrathink_model.data.intake import SPLITS, Intake
+from ultrathink_model.data.manifest import SourceInfo, SplitInfo
+from ultrathink_model.data.packing import count_rows
+from ultrathink_model.data.shards import ShardWriter, WriterState
 from ultrathink_model.data.sources import Ingredient
 from ultrathink_model.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
-QUARANTINE_NAME = "quarantine.jsonl"
 # Text is encoded in batches of about this many characters: enough for all processors, little enough for memory.
 BATCH_CHARACTERS = 2**22
+# A killed preparation goes on from where it last took note, at most this much text before.
+NOTED_CHARACTERS = 2**26
 PROGRESS_SECONDS = 15.0
 
 
-def write_source(
-    config: Config, ingredient: Ingredient, tokenizer: Tokenizer, folder: Path, number: str, dtype: str
-) -> SourceInfo:
-    """Writes a source's shards to `train/<number>/` and `validation/<number>/` of `folder`, as a stream.
+class Size(BaseModel):
+    """What is written of one split."""
 
-    Raises:
-        DataError: The source cannot be read, is empty, or has too many bad rows.
-    """
-    source = ingredient.source
-    logger.info("tokenizing %s", source.name)
-    intake = Intake(source, config.data, quarantine_file=folder / QUARANTINE_NAME)
-    bound = _tokens_needed(config, ingredient)
-    told = time.monotonic()
-    sizes: dict[Split, _Size] = {split: _Size() for split in SPLITS}
-    with (
-        ShardWriter(folder, f"train/{number}", dtype) as train,
-        ShardWriter(folder, f"validation/{number}", dtype) as validation,
-    ):
-        writers: dict[Split, ShardWriter] = {"train": train, "validation": validation}
-        for batch in _batches(intake.documents()):
-            for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-                writers[split].add([*ids, tokenizer.eos_id])
-                sizes[split].add(text, len(ids) + 1)
-            intake.train_full = sizes["train"].tokens >= bound
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                logger.info(
-                    "%s: %d rows read, %.0f MB of training text", source.name, intake.rows, sizes["train"].bytes / 1e6
-                )
-    if intake.quarantined:
-        logger.warning("%s: %d of %d rows are in %s", source.name, intake.quarantined, intake.rows, QUARANTINE_NAME)
-    return SourceInfo(
-        name=source.name,
-        licence=source.licence,
-        weight=ingredient.spec.weight,
-        expert_group=ingredient.spec.expert_group,
-        identity=ingredient.identity,
-        rows=intake.rows,
-        quarantined=intake.quarantined,
-        splits={split: sizes[split].info(config.model.max_seq_length) for split in SPLITS},
-        shards={split: writers[split].shards for split in SPLITS},
-    )
-
-
-@dataclass
-class _Size:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
 
-    def add(self, text: str, tokens: int) -> None:
-        self.documents += 1
-        self.tokens += tokens
-        self.bytes += len(text.encode())
 
-    def info(self, sequence_length: int) -> SplitInfo:
-        sequences = count_sequences(self.tokens, sequence_length)
-        return SplitInfo(documents=self.documents, tokens=self.tokens, bytes=self.bytes, sequences=sequences)
+class Progress(BaseModel):
+    """How far the tokenizing of one source is, on disk."""
+
+    documents: int = 0
+    sizes: dict[Split, Size] = {split: Size() for split in SPLITS}
+    writers: dict[Split, WriterState] = {split: WriterState() for split in SPLITS}
 
 
-def _tokens_needed(config: Config, ingredient: Ingredient) -> float:
-    """Training tokens after which a streaming source is read no further: its share of `data.train_samples`."""
-    samples = config.data.train_samples
-    if not ingredient.source.streaming or samples is None:
+def write_source(
+    config: Config,
+    ingredient: Ingredient,
+    tokenizer: Tokenizer,
+    folder: Path,
+    number: str,
+    dtype: str,
+    intake: Intake,
+    notes: Notes,
+) -> SourceInfo:
+    """Writes a source's shards to `train/<number>/` and `validation/<number>/` of `folder`, as a stream.
+
+    Where an earlier start was killed, its tokens are taken up: the documents are read again, but not encoded.
+
+    Raises:
+        DataError: The source cannot be read, is empty, or has too many bad rows.
+    """
+    record = folder / f"progress_{number}.json"
+    done = Progress.model_validate_json(record.read_bytes()) if record.is_file() else Progress()
+    logger.info("tokenizing %s", intake.name + (f" from document {done.documents + 1} on" if done.documents else ""))
+    sizes = {split: size.model_copy() for split, size in done.sizes.items()}
+    bound = tokens_needed(config, ingredient)
+    told, noted, count = time.monotonic(), 0, 0
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(ShardWriter(folder, f"{split}/{number}", dtype, state=done.writers[split]))
+            for split in SPLITS
+        }
+        for batch in _batches(notes.watch(intake.documents())):
+            count += len(batch)
+            new = batch[max(0, done.documents - (count - len(batch))) :]
+            texts = [document.text for document in new]
+            for document, ids in zip(new, tokenizer.encode_batch(texts), strict=True):
+                size = sizes[document.split]
+                size.tokens += writers[document.split].add([*ids, tokenizer.eos_id])
+                size.bytes += len(document.text.encode())
+                size.documents += 1
+            intake.train_full = count >= done.documents and sizes["train"].tokens >= bound
+            noted += sum(map(len, texts))
+            if noted >= NOTED_CHARACTERS:
+                noted = 0
+                states = {split: writer.state() for split, writer in writers.items()}
+                _write_progress(record, Progress(documents=count, sizes=sizes, writers=states))
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                read = sizes["train"].bytes / 1e6
+                logger.info("%s: %d rows read, %.0f MB of training text", intake.name, intake.rows, read)
+    record.unlink(missing_ok=True)
+    return SourceInfo(
+        name=intake.name,
+        licence=ingredient.source.licence,
+        weight=ingredient.spec.weight,
+        cap=ingredient.spec.cap,
+        expert_group=ingredient.spec.expert_group,
+        identity=ingredient.identity,
+        rows=intake.rows,
+        quarantined=intake.quarantined,
+        duplicates=notes.duplicates(),
+        splits={split: _split_info(config, sizes[split], writers[split], folder, split, number) for split in SPLITS},
+        shards={split: writers[split].shards for split in SPLITS},
+    )
+
+
+def _split_info(config: Config, size: Size, writer: ShardWriter, folder: Path, split: Split, number: str) -> SplitInfo:
+    rows = count_rows(config, folder, writer.shards, f"{split}/{number}", size.tokens)
+    padding = rows * config.model.max_seq_length - size.tokens
+    return SplitInfo(documents=size.documents, tokens=size.tokens, bytes=size.bytes, sequences=rows, padding=padding)
+
+
+def _write_progress(record: Path, progress: Progress) -> None:
+    part = record.with_suffix(".part")
+    part.write_text(progress.model_dump_json(), encoding="utf-8")
+    part.replace(record)
+
+
+def tokens_needed(config: Config, ingredient: Ingredient) -> float:
+    """Training tokens after which a streaming source is read no further: its share of `data.train_samples`, its cap."""
+    if not ingredient.source.streaming:
         return math.inf
-    return math.ceil(samples * ingredient.spec.weight) * config.model.max_seq_length
+    samples, cap = config.data.train_samples, ingredient.spec.cap
+    share = math.inf if samples is None else math.ceil(samples * ingredient.spec.weight) * config.model.max_seq_length
+    return share if cap is None else min(share, cap)
 
 
-def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
-    batch: list[tuple[Split, str]] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
-    for split, text in documents:
-        batch.append((split, text))
-        characters += len(text)
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -52,10 +52,10 @@ def _training_texts(intakes: "Sequence[Intake]", characters: int) -> Iterator[st
     """The training documents of all sources, of each up to a number of characters."""
     for intake in intakes:
         rest = characters
-        for split, text in intake.documents():
-            if split == "train" and rest > 0:
-                yield text
-                rest -= len(text)
+        for document in intake.documents():
+            if document.split == "train" and rest > 0:
+                yield document.text
+                rest -= len(document.text)
                 intake.train_full = rest <= 0 and intake.streaming
         if rest <= 0:
             logger.info("%s: the tokenizer learned from its first %d characters", intake.name, characters)

@@ -1,0 +1,95 @@
+"""The data set card: what prepared data were made of, what was done to them, and what they look like."""
+
+import hashlib
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from ultrathink_model.data.document import Document, Split, make_excerpt
+from ultrathink_model.data.manifest import DataManifest
+from ultrathink_model.data.shards import read_ends
+
+CARD_NAME = "dataset_card.md"
+PAGE_NAME = "dataset_card.html"
+SAMPLES = 20
+
+
+@dataclass(frozen=True, order=True)
+class Sample:
+    """A document that stands for its like on the card; those of least hash are drawn, whatever the order of reading."""
+
+    rank: int
+    file: str
+    row: int
+    split: Split
+    characters: int
+    excerpt: str
+
+
+class Notes:
+    """What is noted of a source's documents as they pass: samples, and a hash of each to count equal ones."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+        self._samples: list[tuple[int, int, Sample]] = []
+
+    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The same documents, each noted."""
+        for number, document in enumerate(documents):
+            value = int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "big")
+            self._hashes.append(value)
+            if len(self._samples) < SAMPLES or -value > self._samples[0][0]:
+                excerpt = make_excerpt(document.text)
+                sample = Sample(value, document.file, document.row, document.split, len(document.text), excerpt)
+                push = heapq.heappush if len(self._samples) < SAMPLES else heapq.heapreplace
+                push(self._samples, (-value, -number, sample))
+            yield document
+
+    def duplicates(self) -> int:
+        """Documents that equal an earlier one."""
+        return len(self._hashes) - len(np.unique(np.frombuffer(self._hashes, dtype=np.uint64)))
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples, those of least hash first."""
+        return sorted(sample for _, _, sample in self._samples)
+
+
+def write_card(manifest: DataManifest, notes: list[Notes], folder: Path) -> None:
+    """Writes the card as Markdown and as a page of HTML without scripts."""
+    samples = sorted(sample for note in notes for sample in note.samples)[:SAMPLES]
+    values = {"data": manifest, "samples": samples, "histogram": length_histogram(manifest, folder)}
+    for name in (CARD_NAME, PAGE_NAME):
+        (folder / name).write_text(_render(name, values), encoding="utf-8")
+
+
+def length_histogram(manifest: DataManifest, folder: Path) -> list[tuple[int, int, int]]:
+    """Documents by their tokens: for each doubling, its least and greatest length and the documents in it."""
+    counts: Counter[int] = Counter()
+    for source in manifest.sources:
+        for shards in source.shards.values():
+            for shard in shards:
+                lengths = np.diff(read_ends(folder, shard), prepend=0)
+                exponents, numbers = np.unique(np.frexp(lengths)[1] - 1, return_counts=True)
+                counts.update(dict(zip(exponents.tolist(), numbers.tolist(), strict=True)))
+    span = range(min(counts), max(counts) + 1)
+    return [(1 << exponent, (2 << exponent) - 1, counts[exponent]) for exponent in span]
+
+
+def _render(name: str, values: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ultrathink_model.data"),
+        autoescape=name.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    return environment.get_template(name).render(values)

@@ -1,0 +1,1 @@
+"""Cleaning: repair, filters, masking, decontamination and removal of duplicates, as datatrove pipelines."""
