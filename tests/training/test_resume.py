@@ -16,6 +16,7 @@ from ultrathink_model.config import Config, override_config, save_config
 from ultrathink_model.data import DataManifest
 from ultrathink_model.errors import CheckpointError, TrainingStoppedError
 from ultrathink_model.tracking.metrics import read_metrics
+from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.checkpoint import verify_checkpoint
 from ultrathink_model.training.run import train
 
@@ -224,6 +225,30 @@ def test_other_data_and_another_tokenizer_are_refused(train_tiny, base_config, m
     config = override_config(base_config, [f"training.resume={path}", f"output.output_dir={tmp_path / 'other'}"])
     with pytest.raises(CheckpointError, match=r"tokenizer: .* → ee; data: .* → ff"):
         train(config, manifest=other, run_name="tiny")
+
+
+def test_other_data_are_gone_on_with_where_allow_changed_says_so(train_tiny, base_config, manifest, tmp_path, caplog):
+    train_tiny("training.max_steps=2")
+    path = tmp_path / "run" / "checkpoint_00000002.pt"
+    other = manifest.model_copy(update={"fingerprint": "ff"})
+    settings = [f"training.resume={path}", f"output.output_dir={tmp_path / 'other'}", "training.max_steps=3"]
+    config = override_config(base_config, [*settings, "data.allow_changed=true"])
+    assert train(config, manifest=other, run_name="tiny").step == 3
+    assert "goes on with other data" in caplog.text
+
+
+def test_a_run_cut_short_is_refused_when_its_data_have_changed(train_tiny, base_config, manifest, tmp_path):
+    train_tiny("training.max_steps=2")
+    run = RunFolder(tmp_path / "run")
+    run.set_status("stopped")
+    other = manifest.model_copy(update={"fingerprint": "ff"})
+    config = override_config(base_config, ["training.max_steps=2", f"output.output_dir={run.path}"])
+    with pytest.raises(CheckpointError, match=r"data have changed since: .* → ff.*data\.allow_changed=true"):
+        train(config, manifest=other, run_name="tiny")
+    assert run.checkpoint(2).is_dir()
+    allowed = override_config(config, ["data.allow_changed=true"])
+    assert train(allowed, manifest=other, run_name="tiny").step == 2
+    assert not (run.path / "previous").exists()
 
 
 def test_other_data_under_the_same_config_begin_another_run(train_tiny, base_config, manifest, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ultrathink_model.data.packing import IGNORED, Row
+from ultrathink_model.data.pack import IGNORED, Row
 
 NO_GROUP = -1
 

@@ -16,7 +16,7 @@ from ultrathink_model.config.model import MoEConfig
 from ultrathink_model.data.batch import NO_GROUP, Batch, make_batch
 from ultrathink_model.data.manifest import DataManifest, SourceInfo, Split
 from ultrathink_model.data.mixture import SampleOrder
-from ultrathink_model.data.packing import BestFitRows, Row, StreamRows, padding_row, read_row
+from ultrathink_model.data.pack import BestFitRows, Row, StreamRows, padding_row, read_row
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.errors import ConfigError
 

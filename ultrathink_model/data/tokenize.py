@@ -14,7 +14,7 @@ from ultrathink_model.data.card import Notes
 from ultrathink_model.data.document import Document, Split
 from ultrathink_model.data.intake import SPLITS, Intake
 from ultrathink_model.data.manifest import SourceInfo, SplitInfo
-from ultrathink_model.data.packing import count_rows
+from ultrathink_model.data.pack import count_rows
 from ultrathink_model.data.shards import ShardWriter, WriterState
 from ultrathink_model.data.sources import Ingredient
 from ultrathink_model.data.tokenizer import Tokenizer

@@ -85,12 +85,14 @@ def claim_folder(
         global_batch: Sequences in one step, over all ranks.
 
     Raises:
-        CheckpointError: The checkpoint that `training.resume` names is missing, damaged or does not fit.
+        CheckpointError: The checkpoint that `training.resume` names is missing, damaged or does not fit; or this run was
+            cut short, and the data have changed since.
     """
     resume = config.training.resume
     identity = run_identity(config, manifest, run_name, init_from)
     named = None
     if resume == "auto":
+        identity = settle_changed_data(config, folder, identity)
         result = finished_result(folder, identity)
         if result is not None:
             return Claim(result=result)
@@ -150,12 +152,38 @@ def run_identity(config: Config, manifest: DataManifest, run_name: str, init_fro
     Not so the weights of the run's own `final_model/`, which the run replaces when it ends.
     """
     identity = RunIdentity.of(config, run_name, init_from)
-    digest = hashlib.sha256(f"{identity.config_hash} {manifest.fingerprint}".encode())
+    digest = hashlib.sha256(identity.config_hash.encode())
     own = RunFolder(config.output.output_dir).final_model.resolve()
     for path in _weight_files(init_from) if init_from and init_from.resolve() != own else ():
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return identity.model_copy(update={"config_hash": digest.hexdigest()})
+    update = {"config_hash": digest.hexdigest(), "data_fingerprint": manifest.fingerprint}
+    return identity.model_copy(update=update)
+
+
+def settle_changed_data(config: Config, folder: RunFolder, identity: RunIdentity) -> RunIdentity:
+    """Decides what becomes of a run that was cut short and whose data have changed since, all else being equal.
+
+    Returns:
+        The identity of that run where `data.allow_changed` lets it go on, else the identity as given.
+
+    Raises:
+        CheckpointError: It may not go on; its checkpoints are left as they are.
+    """
+    record = folder.record()
+    if record is None or record.status == "finished" or not folder.checkpoints():
+        return identity
+    known = record.identity
+    same = known.model_copy(update={"data_fingerprint": identity.data_fingerprint}) == identity
+    if known == identity or not same:
+        return identity
+    if config.data.allow_changed:
+        return known
+    raise CheckpointError(
+        f"{folder.path} holds a run that was cut short, and its data have changed since: {known.data_fingerprint} → "
+        f"{identity.data_fingerprint}. Set data.allow_changed=true to go on with the new data, put the old data back, or "
+        "begin anew with training.resume=never (the run's files are moved to previous/)."
+    )
 
 
 def finished_result(folder: RunFolder, identity: RunIdentity) -> StageResult | None:
@@ -189,14 +217,26 @@ def require_fit(point: ResumePoint, config: Config, manifest: DataManifest, glob
     """Refuses a checkpoint of other data or another model.
 
     Raises:
-        CheckpointError: Tokenizer, data, architecture, optimizer or global batch differ; the message says how.
+        CheckpointError: Tokenizer, data (unless `data.allow_changed`), architecture, optimizer or global batch differ; the message says how.
     """
     saved, current = point.manifest, config.model_dump(mode="json")
+    changed_data = saved.data_fingerprint != manifest.fingerprint
+    if changed_data and config.data.allow_changed:
+        logger.warning(
+            "goes on with other data than %s was trained on: %s → %s",
+            point.folder,
+            saved.data_fingerprint,
+            manifest.fingerprint,
+        )
     refused = [
         f"{what}: {before} → {now}"
         for what, before, now in (
             ("tokenizer", saved.tokenizer_hash, manifest.tokenizer_hash),
-            ("data", saved.data_fingerprint, manifest.fingerprint),
+            (
+                "data",
+                saved.data_fingerprint,
+                saved.data_fingerprint if config.data.allow_changed else manifest.fingerprint,
+            ),
             ("global batch in sequences", saved.global_batch, global_batch),
         )
         if before != now

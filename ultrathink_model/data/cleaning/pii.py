@@ -74,7 +74,7 @@ KINDS = (
     Kind(
         "<PHONE>",
         re.compile(
-            r"(?i:\b(?:tel|phone|telephone|mobile|cell|fax|call|whatsapp|sms)\b)[^\d\n+]{1,12}"
+            r"(?i:(?<!<)\b(?:tel|phone|telephone|mobile|cell|fax|call|whatsapp|sms)\b)[^\d\n+]{1,12}"
             r"(?P<value>\+?\(?\d[\d .()/-]{5,16}\d)(?!\d)"
         ),
         _is_phone,

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultrathink_model.data.packing import IGNORED, BestFitRows, StreamRows, pack_best_fit, read_row
+from ultrathink_model.data.pack import IGNORED, BestFitRows, StreamRows, pack_best_fit, read_row
 from ultrathink_model.data.shards import ShardWriter, TokenStream, WriterState, read_ends
 
 EOS, PAD = 1, 0
