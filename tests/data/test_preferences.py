@@ -82,3 +82,41 @@ def test_margins_and_weights_are_read_and_checked(tmp_path):
         path = write(tmp_path / "b.jsonl", [pair(1, **bad), pair(2), pair(3)])
         found = load_preferences(path, 0.5, max_quarantine_fraction=0.5)
         assert [row["rule"] for row in found.quarantined] == [f"{next(iter(bad))} is a number from 0 on"]
+
+
+USER, YES, NO = (
+    {"role": role, "content": text} for role, text in (("user", "why?"), ("assistant", "so"), ("assistant", "no"))
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"chosen": [USER, YES], "rejected": [USER, NO]}, ("why?", "so", "no")),
+        ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, ("why?", "so", "no")),
+        ({"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]}, ("why?", "so", "no")),
+        ({"prompt": "why?", "chosen": [USER, YES], "rejected": [USER, NO]}, ("why?", "so", "no")),
+        ({"prompt": "why?", "chosen": [YES], "rejected": [NO]}, ("why?", "so", "no")),
+        (
+            {"chosen": [USER, NO, USER, YES], "rejected": [USER, NO, USER, NO]},
+            ("User: why?\n\nAssistant: no\n\nUser: why?", "so", "no"),
+        ),
+        (
+            {"chosen": [USER, YES], "rejected": [USER, NO, USER, YES]},
+            ("why?", "so", "Assistant: no\n\nUser: why?\n\nAssistant: so"),
+        ),
+    ],
+)
+def test_conversations_become_a_prompt_and_two_answers(tmp_path, row, expected):
+    path = write(tmp_path / "a.jsonl", [row, pair(1)])
+    kept = load_preferences(path, 0.5)
+    assert kept.quarantined == []
+    found = {(each.prompt, each.chosen, each.rejected) for each in [*kept.train, *kept.heldout]}
+    assert expected in found
+
+
+@pytest.mark.parametrize("side", [[], [{"role": "user"}], ["text"], [{"role": 1, "content": "x"}]])
+def test_broken_conversations_are_quarantined(tmp_path, side):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": side, "rejected": [NO]}, pair(1), pair(2)])
+    kept = load_preferences(path, 0.5, max_quarantine_fraction=0.5)
+    assert [bad["rule"] for bad in kept.quarantined] == ["chosen is a string"]

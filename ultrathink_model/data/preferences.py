@@ -71,7 +71,7 @@ PREFERENCE_SCHEMA = pa.DataFrameSchema(
 
 
 def load_preferences(path: str | Path, holdout_fraction: float, max_quarantine_fraction: float = 0.01) -> Preferences:
-    """Reads a JSON Lines file of `prompt`, `chosen` and `rejected`, and holds out a share of the prompts.
+    """Reads a JSON Lines file of `prompt`, `chosen` and `rejected`, as text or as conversations, and holds out some prompts.
 
     A row may have a `margin` and a `weight`, numbers from 0 on; further columns are passed over. Pairs of one prompt stay on one side, so that held-out accuracy is on prompts
     never seen.
@@ -119,6 +119,54 @@ def split_by_prompt(
     return [pair for pair in pairs if pair.prompt not in held], [pair for pair in pairs if pair.prompt in held]
 
 
+def flatten_conversation(row: dict[str, object]) -> dict[str, object]:
+    """A row of conversations as plain text: what both share is the prompt, what follows in each the answer.
+
+    Conversations are lists of messages with `role` and `content`, as the hub's preference sets have them; the prompt may
+    be a message list of its own, a string, or the beginning of both sides. A lone message of the user is the prompt
+    as it stands; of several each is preceded by who speaks. Rows that are no conversations are given back as they are.
+    """
+    chosen, rejected = _messages(row.get("chosen")), _messages(row.get("rejected"))
+    if chosen is None or rejected is None:
+        return row
+    prompt: object = row.get("prompt")
+    if not isinstance(prompt, str):
+        before = _messages(prompt) or []
+        shared = 0
+        # The last message of each side is its answer, even where they are equal.
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        # A side may repeat the prompt that the row names, or begin after it.
+        prompt = _speak(before if before and chosen[: len(before)] != before else [])
+        prompt = "\n\n".join(filter(None, [prompt, _speak(chosen[:shared])]))
+        chosen, rejected = chosen[shared:], rejected[shared:]
+    else:
+        drop = [1 if len(side) > 1 and side[0] == ("user", prompt) else 0 for side in (chosen, rejected)]
+        chosen, rejected = chosen[drop[0] :], rejected[drop[1] :]
+    return row | {"prompt": prompt, "chosen": _speak(chosen), "rejected": _speak(rejected)}
+
+
+def _messages(value: object) -> list[tuple[str, str]] | None:
+    """Who says what, or None where a value is no list of messages."""
+    if not isinstance(value, list) or not value:
+        return None
+    found = []
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        found.append((role, content))
+    return found
+
+
+def _speak(messages: Sequence[tuple[str, str]]) -> str:
+    if len(messages) == 1:
+        return messages[0][1]
+    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in messages)
+
+
 def _read_pairs(path: Path) -> tuple[list[PreferencePair], list[BadRow], int]:
     numbers: list[int] = []
     values: list[dict[str, object]] = []
@@ -127,7 +175,7 @@ def _read_pairs(path: Path) -> tuple[list[PreferencePair], list[BadRow], int]:
         if isinstance(item, BadRow):
             bad.append(item)
             continue
-        number, row = item
+        number, row = item[0], flatten_conversation(item[1])
         missing = [name for name in COLUMNS if name not in row]
         if missing:
             bad.append(BadRow(path.name, number, f"row has the column {missing[0]!r}", make_excerpt(row)))
