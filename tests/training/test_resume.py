@@ -233,7 +233,7 @@ def test_other_data_are_gone_on_with_where_allow_changed_says_so(train_tiny, bas
     other = manifest.model_copy(update={"fingerprint": "ff"})
     settings = [f"training.resume={path}", f"output.output_dir={tmp_path / 'other'}", "training.max_steps=3"]
     config = override_config(base_config, [*settings, "data.allow_changed=true"])
-    assert train(config, manifest=other, run_name="tiny").step == 3
+    assert train(config, manifest=other, run_name="tiny").steps == 3
     assert "goes on with other data" in caplog.text
 
 
@@ -247,7 +247,7 @@ def test_a_run_cut_short_is_refused_when_its_data_have_changed(train_tiny, base_
         train(config, manifest=other, run_name="tiny")
     assert run.checkpoint(2).is_dir()
     allowed = override_config(config, ["data.allow_changed=true"])
-    assert train(allowed, manifest=other, run_name="tiny").step == 2
+    assert train(allowed, manifest=other, run_name="tiny").steps == 2
     assert not (run.path / "previous").exists()
 
 
