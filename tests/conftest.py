@@ -8,8 +8,19 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from jaxtyping import install_import_hook
 
 from ultrathink_model.config import Config, make_config
+
+# Checks every call of the model's mathematics against the shapes of its signature; set before it is imported.
+# Generation is left out: a generator function that is wrapped loses its `no_grad`.
+CHECKED = (
+    "attention", "blocked_attention", "dispatch", "harm_head", "kv_cache", "loss", "moe", "norm", "reasoning",
+    "routing", "swiglu", "tokens", "transformer",
+)  # fmt: skip
+CHECKS_SHAPES = os.environ.get("ULTRATHINK_CHECK_SHAPES", "1") == "1"
+if CHECKS_SHAPES:
+    install_import_hook([f"ultrathink_model.models.{module}" for module in CHECKED], "beartype.beartype")
 
 TINY_VALUES = {
     "model": {
@@ -40,6 +51,14 @@ def tiny_config(tmp_path) -> Config:
         TINY_VALUES,
         [f"output.output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'data'}"],
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves tests that compile to the process that `tests/models/test_shapes.py` starts for them."""
+    compiling = [item for item in items if CHECKS_SHAPES and item.get_closest_marker("compiles")]
+    if compiling:
+        config.hook.pytest_deselected(items=compiling)
+        items[:] = [item for item in items if item not in compiling]
 
 
 @pytest.fixture(autouse=True)

@@ -274,6 +274,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(small_model, random_tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does so itself
 @FEATURE_PARAMETERS
 @pytest.mark.parametrize("checkpointing", ["false", "true"])

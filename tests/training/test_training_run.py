@@ -270,6 +270,7 @@ def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore")  # torch's compiler trips over its own deprecations
 def test_compiled_blocks_give_the_eager_losses(train_tiny):
     eager = losses(train_tiny(folder="eager")[1])
