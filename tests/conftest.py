@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import logging
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if compiling:
         config.hook.pytest_deselected(items=compiling)
         items[:] = [item for item in items if item not in compiling]
+
+
+@pytest.fixture
+def shapes_unchecked(monkeypatch) -> None:
+    """For what takes our modules without our types."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)

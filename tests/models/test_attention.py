@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from ultrathink_model.models.attention import Attention, FeedForward
@@ -102,6 +103,12 @@ def test_window_as_long_as_the_text_is_no_window():
 def test_only_distance_matters_to_rotation(attention):
     layer, x = attention(), states()
     torch.testing.assert_close(run(layer, x, grid(start=40)), run(layer, x, grid()), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_of_rotation_equals_finite_differences():
+    table = Rotation.table(7, 6, 10.0, torch.device("cpu")).at(torch.arange(7).unsqueeze(0))
+    x = torch.randn(2, 7, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert gradcheck(table.apply, (x,))
 
 
 @torch.no_grad()
