@@ -1,5 +1,7 @@
 """Contenders that take turns in one process, and the ratios of their times."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from statistics import median
@@ -9,6 +11,7 @@ from greenlet import getcurrent, greenlet
 
 Step = Callable[[], object]
 Loop = Callable[[Callable[[], None]], None]
+DONE = "step done\n"
 
 
 class LoopSteps:
@@ -30,6 +33,34 @@ class LoopSteps:
 
     def _pass_on(self) -> None:
         self._main.switch()
+
+
+class ProcessSteps:
+    """A contender in a process of its own, with an allocator of its own, that takes its steps when it is told to.
+
+    Args:
+        command: Starts a process that calls `serve`.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> None:
+        """Has the process take one step, and waits for it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print("step", file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line == DONE:
+                return
+        raise RuntimeError(f"a contender ended with exit code {self._process.wait()}")
+
+
+def serve(step: Step) -> None:
+    """Takes a step for each line of standard input."""
+    for _ in sys.stdin:
+        step()
+        print(DONE, end="", flush=True)
 
 
 def alternate(contenders: dict[str, Step], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
