@@ -43,6 +43,7 @@ def apart(name: str, threads: int) -> Step:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no round begins")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of each product")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders beside the reference")
     parser.add_argument("--apart", action="store_true", help="each contender in a process of its own")
@@ -58,9 +59,11 @@ def main() -> None:
         chosen = [name for name in chosen if not name.startswith("litgpt")]
     product, operations = square_product()
     steps = {name: apart(name, arguments.threads) if arguments.apart else CONTENDERS[name]() for name in chosen}
-    seconds = alternate({"peak": product} | steps, arguments.rounds)
+    seconds = alternate({"peak": product} | steps, arguments.rounds, limit=arguments.limit)
     peak = operations / median(seconds["peak"])
-    print(f"{arguments.threads} threads; matrix products of 2048 × 2048: {peak / 1e9:.0f} GFLOP/s")
+    print(
+        f"{arguments.threads} threads; matrix products of 2048 × 2048: {peak / 1e9:.0f} GFLOP/s; {len(seconds['peak'])} rounds"
+    )
     print(f"{'':32} {'ms/step':>8} {'tokens/s':>9} {'speed':>6} {'share of peak':>14}")
     for name in chosen:
         step = median(seconds[name])

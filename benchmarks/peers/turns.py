@@ -1,5 +1,6 @@
 """Contenders that take turns in one process, and the ratios of their times."""
 
+import math
 import subprocess
 import sys
 import time
@@ -63,14 +64,22 @@ def serve(step: Step) -> None:
         print(DONE, end="", flush=True)
 
 
-def alternate(contenders: dict[str, Step], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each contender's step in each round; the order turns from round to round."""
+def alternate(
+    contenders: dict[str, Step], rounds: int, warmup: int = 2, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each contender's step in each round; the order turns from round to round.
+
+    No round begins once `limit` seconds have passed, but for the first.
+    """
+    start = time.perf_counter()
     names = list(contenders)
     for name in names:
         for _ in range(warmup):
             contenders[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
+        if number and time.perf_counter() - start > limit:
+            break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             began = time.perf_counter()
