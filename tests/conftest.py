@@ -13,7 +13,8 @@ from jaxtyping import install_import_hook
 
 from ultrathink_model.config import Config, make_config
 
-# Checks every call of the model's mathematics against the shapes of its signature; set before it is imported.
+# Lets the model's own tests check every call of its mathematics against the shapes of its signature; set before it is
+# imported. Elsewhere, in the tests that train, the checks are off.
 # Generation is left out: a generator function that is wrapped loses its `no_grad`.
 CHECKED = (
     "attention", "blocked_attention", "dispatch", "harm_head", "kv_cache", "loss", "moe", "norm", "reasoning",
@@ -22,6 +23,7 @@ CHECKED = (
 CHECKS_SHAPES = os.environ.get("ULTRATHINK_CHECK_SHAPES", "1") == "1"
 if CHECKS_SHAPES:
     install_import_hook([f"ultrathink_model.models.{module}" for module in CHECKED], "beartype.beartype")
+    jaxtyping.config.update("jaxtyping_disable", True)
 
 TINY_VALUES = {
     "model": {
@@ -60,12 +62,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if compiling:
         config.hook.pytest_deselected(items=compiling)
         items[:] = [item for item in items if item not in compiling]
-
-
-@pytest.fixture
-def shapes_unchecked(monkeypatch) -> None:
-    """For what takes our modules without our types."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ SMALL_VALUES = {
 
 SmallConfig = Callable[..., Config]
 SmallModel = Callable[..., Transformer]
+
+
+@pytest.fixture(autouse=True)
+def _checked_shapes(request, monkeypatch) -> None:
+    """Checks shapes, but where our modules are taken without our types."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", "shapes_unchecked" in request.keywords)
 
 
 @pytest.fixture

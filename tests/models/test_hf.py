@@ -288,7 +288,7 @@ def assert_same_results(model: Transformer, found: dict[str, Tensor], prompts: T
     assert torch.equal(found["beams"], found["full beams"])
 
 
-@pytest.mark.usefixtures("shapes_unchecked")  # a folder's config has the attributes of ours, not its type
+@pytest.mark.shapes_unchecked  # a folder's config has the attributes of ours, not its type
 def test_own_architecture_loads_once_it_is_registered(saved, random_tokens, tmp_path):
     model, folder = saved(DRE)
     from ultrathink_model.models import hf_auto  # noqa: F401 - for what importing it does
