@@ -72,3 +72,8 @@ def test_bounds_of_the_config_give_the_tokens():
     assert make_plan(override_config(config, ["training.max_steps=10"])).tokens == 10 * 8 * 256
     assert make_plan(override_config(config, ["training.max_steps=10"]), ranks=4).tokens == 4 * 10 * 8 * 256
     assert make_plan(override_config(config, ["data.train_samples=null"])).tokens is None
+
+
+def test_sharding_over_the_same_devices_is_a_remedy():
+    named = messages(plan("--profile", "large", "--device", "a100-80gb", "--ranks", "8"))[0]
+    assert "distributed.strategy=fsdp over 8 devices" in named

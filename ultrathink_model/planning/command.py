@@ -68,7 +68,7 @@ def _remedies(plan: Plan, config: Config, device: Device) -> Iterator[str]:
     for ranks in TRIED_RANKS:
         sharded = [*changes[:1], "distributed.enabled=true", "distributed.strategy=fsdp"]
         wider = make_plan(override_config(config, sharded), ranks)
-        if ranks > plan.ranks and wider.fits(device):
+        if ranks >= plan.ranks and wider.fits(device):
             yield f"{' '.join(sharded)} over {ranks} devices ({wider.memory.total / GIB:,.1f} GiB)"
             return
 
