@@ -158,9 +158,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(config, manifest, dense_f
 def test_a_signal_while_the_reward_model_is_trained_keeps_the_pairs(config, manifest, dense_folder, monkeypatch):
     step = RewardTrainer._step
 
-    def signalled(self: RewardTrainer, pairs):
+    def signalled(self: RewardTrainer, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, pairs)
+        return step(self, *arguments)
 
     monkeypatch.setattr(RewardTrainer, "_step", signalled)
     with pytest.raises(TrainingStoppedError, match="its pairs are saved"):
