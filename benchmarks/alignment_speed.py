@@ -68,19 +68,17 @@ def benchmark_rounds(arguments: argparse.Namespace) -> None:
     # No response ends early: all have the same number of tokens.
     endless = manifest.model_copy(update={"eos_id": config.model.vocab_size + 1})
     windows = [window[:32] for window, _ in zip(corpus_windows(config, manifest), range(512), strict=False)]
-    seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         save_model(build_model(config), manifest.tokenizer_folder, Path(folder))
         texts = [Tokenizer.load(manifest.tokenizer_folder).decode(window) for window in windows]
         for own, peer in (("ppo", "rloo"), ("grpo", "grpo")):
             chosen = override_config(config, [f"rlhf.algorithm={own}"])
-            seconds[f"{own} here"] = own_rounds(chosen, endless, windows, arguments.rounds)
-            seconds[f"{peer} of TRL"] = peer_rounds(peer, Path(folder), texts, arguments.rounds)
-    speeds = {name: RESPONSES * TOKENS / statistics.median(times) for name, times in seconds.items()}
-    for name, speed in speeds.items():
-        print(f"{name}: {speed:,.0f} response tokens a second (median of {len(seconds[name])} rounds)")
-    for own, peer in (("ppo", "rloo"), ("ppo", "grpo"), ("grpo", "grpo")):
-        print(f"{own} here over {peer} of TRL: {speeds[f'{own} here'] / speeds[f'{peer} of TRL']:.2f}")
+            ours = RESPONSES * TOKENS / statistics.median(own_rounds(chosen, endless, windows, arguments.rounds))
+            theirs = RESPONSES * TOKENS / statistics.median(peer_rounds(peer, Path(folder), texts, arguments.rounds))
+            print(
+                f"{own} here {ours:,.0f} response tokens a second, {peer} of TRL {theirs:,.0f}: {ours / theirs:.2f}",
+                flush=True,
+            )
 
 
 def own_rounds(config: Config, manifest: DataManifest, windows: list[list[int]], rounds: int) -> list[float]:
