@@ -24,10 +24,11 @@ def forward_flops_per_token(config: Config) -> float:
 
 
 def training_flops_per_token(config: Config) -> float:
-    """Forward and backward pass of a training step, and what gradient checkpointing computes again."""
+    """Forward and backward pass of a training step, and what gradient checkpointing of whole blocks computes again."""
     forward = forward_flops_per_token(config)
     again = forward - 2 * config.model.hidden_size * config.model.vocab_size
-    return TRAINING_PASSES * forward + (again if config.model.gradient_checkpointing else 0.0)
+    recomputes = config.model.gradient_checkpointing and config.model.gradient_checkpointing_mode == "whole"
+    return TRAINING_PASSES * forward + (again if recomputes else 0.0)
 
 
 def _block_flops(config: Config, layer: int) -> float:

@@ -79,10 +79,12 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
     gradients = held * shares.gradients * FP32
     projection = config.model.vocab_size * config.model.hidden_size * FP32
     saved = {mode: _activations(config, mode) for mode in ("none", "whole")}
-    activations = saved["whole" if config.model.gradient_checkpointing else "none"]
+    # What `selective` keeps lies between the two: the plan takes the larger.
+    recomputes = config.model.gradient_checkpointing and config.model.gradient_checkpointing_mode == "whole"
+    activations = saved["whole" if recomputes else "none"]
     accumulates = _accumulates(config, ranks)
     # The backward pass begins with all activations, and works through the last block, which it may compute again.
-    last_block = _working_bytes(config) + (max(_blocks(config)) if config.model.gradient_checkpointing else 0)
+    last_block = _working_bytes(config) + (max(_blocks(config)) if recomputes else 0)
     working = max(_loss_buffers(config) + projection, _micro_batch_tokens(config) * last_block)
     forward = activations + working + (gradients if accumulates else 0)
     backward = gradients + projection
@@ -95,7 +97,7 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
     }
     if config.training.use_amp:
         # The backward pass needs them, unless it makes them again.
-        again = shares.gathered_blocks and config.model.gradient_checkpointing
+        again = shares.gathered_blocks and recomputes
         parts["weights in 16 bits"] = (largest_block if again else held) * HALF
     if config.training.ema_decay is not None:
         parts["averaged weights"] = held * shares.weights * FP32
