@@ -64,7 +64,7 @@ def measure_tokenizing(arguments: argparse.Namespace) -> None:
         root = Path(folder)
         tokenizer = prepare_data(sotu_config(root / "sotu")).tokenizer_folder
         results = {}
-        for megabytes in (max(arguments.megabytes // 10, 10), arguments.megabytes):
+        for megabytes in (max(arguments.megabytes // 10, 1), arguments.megabytes):
             corpus = root / f"{megabytes}.jsonl"
             size = write_corpus(corpus, megabytes * 1_000_000)
             for tool in ("ultrathink", "datasets"):

@@ -240,3 +240,97 @@ def test_a_bad_mixture_leaves_no_folder(config):
     with pytest.raises(ConfigError):
         prepare_data(override_config(config, ["data.mix_datasets=dummy"]))
     assert not Path(config.data.cache_dir).exists()
+
+
+KILLED = """
+import os, signal, sys
+from ultrathink_model.config import load_config
+from ultrathink_model.data import build, prepare_data, tokenize
+tokenize.BATCH_CHARACTERS, tokenize.NOTED_CHARACTERS = 200, 300
+write, noted = tokenize._write_progress, []
+def write_and_die(record, progress):
+    write(record, progress)
+    noted.append(progress.documents)
+    if len(noted) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+tokenize._write_progress = write_and_die
+prepare_data(load_config(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_a_killed_preparation_goes_on_where_it_stopped_and_gives_the_same_files(
+    config, corpus, tmp_path, monkeypatch, caplog, packing
+):
+    caplog.set_level(logging.INFO)
+    config = override_config(config, [f"data.packing={packing}", "data.max_quarantine_fraction=0.1"])
+    with corpus.open("a") as file:
+        file.write("not json\n")
+    save_config(config, tmp_path / "config.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    encoded = []
+    encode = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    cut = prepare_data(config)
+    assert "going on with the preparation" in caplog.text
+    assert "training a byte-level BPE" not in caplog.text
+    # The first documents were not encoded again.
+    assert 0 < len(encoded) < 20
+    whole = prepare_data(override_config(config, [f"data.cache_dir={tmp_path / 'whole'}"]))
+    assert cut.splits == whole.splits
+    names = sorted(path.relative_to(whole.path) for path in whole.path.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(cut.path) for path in cut.path.rglob("*") if path.is_file())
+    assert all((cut.path / name).read_bytes() == (whole.path / name).read_bytes() for name in names)
+
+
+def test_what_another_version_left_half_built_is_not_gone_on_with(config, caplog):
+    caplog.set_level(logging.INFO)
+    first = prepare_data(config)
+    part = first.path.rename(first.path.with_name(f".{first.fingerprint}.part"))
+    (part / "build.txt").write_text("0 0.0.0\n")
+    second = prepare_data(config)
+    assert "going on with the preparation" not in caplog.text
+    assert second.splits == first.splits
+
+
+def test_best_fit_rows_reach_the_loader_and_their_padding_is_told(config):
+    from ultrathink_model.data import TrainLoader
+
+    manifest = prepare_data(override_config(config, ["data.packing=best_fit"]))
+    train = manifest.splits["train"]
+    assert train.padding == train.sequences * 32 - train.tokens > 0
+    loader = TrainLoader(manifest, override_config(config, ["training.batch_size=1"]))
+    batches = [batch for _, step in zip(range(loader.steps_per_epoch), loader, strict=False) for batch in step]
+    assert sum(batch.num_tokens for batch in batches) == train.tokens
+    stream = prepare_data(config)
+    assert stream.fingerprint != manifest.fingerprint
+    assert stream.splits["train"].padding < 32
+    assert stream.splits["train"].tokens == train.tokens
+
+
+def test_the_card_tells_of_sources_sizes_lengths_duplicates_and_samples(config, corpus):
+    with corpus.open("a") as file:
+        file.write(json.dumps({"text": "document 3 document 3 document 3 document 3 "}) + "\n")
+        file.write(json.dumps({"text": "<script>alert(1)</script> | bar"}) + "\n")
+        file.write("not json\n")
+    manifest = prepare_data(override_config(config, ["data.max_quarantine_fraction=0.1"]))
+    assert manifest.sources[0].duplicates == 1
+    card = (manifest.path / "dataset_card.md").read_text(encoding="utf-8")
+    page = (manifest.path / "dataset_card.html").read_text(encoding="utf-8")
+    for text in (card, page):
+        assert manifest.fingerprint in text
+        assert manifest.tokenizer_hash in text
+        assert "not stated (local files)" in text
+        assert manifest.sources[0].identity["sha256"] in text
+        assert f"{manifest.splits['train'].tokens:,}" in text
+        assert text.count("corpus.jsonl ") >= 20
+    assert "<script" not in page
+    documents = sum(info.documents for info in manifest.splits.values())
+    from ultrathink_model.data.card import length_histogram
+
+    histogram = length_histogram(manifest, manifest.path)
+    assert sum(number for _, _, number in histogram) == documents == 22
+    assert all(low <= high and high + 1 == 2 * low for low, high, _ in histogram)

@@ -228,11 +228,11 @@ def test_ray_with_two_workers_gives_byte_for_byte_what_the_local_executor_gives(
 def test_a_cleaning_that_failed_half_way_goes_on_with_the_tasks_that_are_left(prepare, copies, monkeypatch, tmp_path):
     from ultrathink_model.data.cleaning import clean
 
-    def stop(data, steps, tasks, records):
+    def stop(data, steps, tasks, records, **others):
         ran.append(records.name)
         if records.name == "exact_find" and len(ran) < 4:
             raise KeyboardInterrupt
-        return run_tasks(data, steps, tasks, records)
+        return run_tasks(data, steps, tasks, records, **others)
 
     ran: list[str] = []
     run_tasks = clean.run_tasks

@@ -79,7 +79,8 @@ def clean(
     counts: dict[str, Counter[str]] = {}
     for stage in plan.stages:
         logger.info("cleaning: %s, %d tasks, data.executor=%s", stage.name, stage.tasks or tasks, config.data.executor)
-        counts |= run_tasks(config.data, stage.steps, stage.tasks or tasks, work / "records" / stage.name)
+        records = work / "records" / stage.name
+        counts |= run_tasks(config.data, stage.steps, stage.tasks or tasks, records, light=stage.light)
     parts = _describe(plan, counts)
     _collect_removed(plan, work, tasks, folder / "removed.jsonl")
     cleaned = [

@@ -31,7 +31,9 @@ GONE_POLLS = 6
 Steps = Sequence[PipelineStep]
 
 
-def run_tasks(data: DataConfig, steps: Steps, tasks: int, records: Path) -> dict[str, Counter[str]]:
+def run_tasks(
+    data: DataConfig, steps: Steps, tasks: int, records: Path, *, light: bool = False
+) -> dict[str, Counter[str]]:
     """Runs a pipeline's tasks, those that an earlier start finished excepted, and adds up what the steps counted.
 
     Args:
@@ -39,6 +41,7 @@ def run_tasks(data: DataConfig, steps: Steps, tasks: int, records: Path) -> dict
         steps: The pipeline; every task runs all of it.
         tasks: Number of tasks, which decides what each is given; what comes out does not depend on the executor.
         records: Folder of the logs, the counts, and the marks of finished tasks.
+        light: Whether tasks may share jobs of other machines.
 
     Returns:
         The counts of each step by its name.
@@ -50,6 +53,8 @@ def run_tasks(data: DataConfig, steps: Steps, tasks: int, records: Path) -> dict
     workers = min(tasks, data.executor_workers or os.cpu_count() or 1)
     with _quiet():
         executor = _EXECUTORS[data.executor](data, steps, tasks, workers, records)
+        if light and isinstance(executor, RayPipelineExecutor | SlurmPipelineExecutor):
+            executor.tasks_per_job = -(-tasks // workers)
         if data.executor == "ray":
             with _ray(workers):
                 executor.run()

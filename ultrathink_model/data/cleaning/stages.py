@@ -47,6 +47,8 @@ class Stage:
     name: str
     steps: list[PipelineStep]
     tasks: int | None = None
+    light: bool = False
+    """Whether several tasks may share one job, since starting a job takes longer than they do."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,12 @@ def _minhash_stages(cleaning: CleaningConfig, source: Path, work: Path) -> list[
     log = RemovedLog(work / "removed", "minhash_dedup")
     return [
         Stage("minhash_signatures", [ReadDocuments(source), MinhashDedupSignature(signatures, config, WORDS)]),
-        Stage("minhash_pairs", [MinhashDedupBuckets(signatures, pairs, config=config)], tasks=cleaning.minhash_buckets),
+        Stage(
+            "minhash_pairs",
+            [MinhashDedupBuckets(signatures, pairs, config=config)],
+            tasks=cleaning.minhash_buckets,
+            light=True,
+        ),
         Stage("minhash_clusters", [MinhashDedupCluster(pairs, clusters, config)], tasks=1),
         Stage(
             "minhash_dedup",
