@@ -6,17 +6,19 @@ dense SwiGLU of the same operations per token; then a whole training step of a m
 
 import argparse
 import os
+import time
 from statistics import median
 
 import torch
 from peers.ours import our_trainer
 from peers.sizes import our_config
-from peers.turns import Step, alternate, ratio
+from peers.turns import Clock, Step, alternate, ratio
 from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from ultrathink_model.config import Config
+from ultrathink_model.distributed.host_memory import keep_freed_memory
 from ultrathink_model.models.attention import FeedForward
 from ultrathink_model.models.moe import MixtureOfExperts
 from ultrathink_model.models.tokens import Tokens
@@ -81,7 +83,7 @@ def forward_and_backward(layer: nn.Module, run: Step, num_tokens: int) -> Step:
     return step
 
 
-def measure_layers(num_tokens: int, rounds: int) -> None:
+def measure_layers(num_tokens: int, rounds: int, clock: Clock) -> None:
     """Prints the times of one layer over the dense one's."""
     steps = {
         "dense, equal operations": dense_step(num_tokens),
@@ -89,20 +91,20 @@ def measure_layers(num_tokens: int, rounds: int) -> None:
         "transformers, grouped": their_step("grouped_mm", num_tokens),
         "transformers, eager": their_step("eager", num_tokens),
     }
-    seconds = alternate(steps, rounds)
+    seconds = alternate(steps, rounds, clock=clock)
     dense = next(iter(seconds.values()))
     for name, times in seconds.items():
         print(f"{num_tokens:6} tokens  {name:26} {1e3 * median(times):8.1f} ms {ratio(times, dense):7.2f}")
 
 
-def measure_steps(rounds: int) -> None:
+def measure_steps(rounds: int, clock: Clock) -> None:
     """Prints the times of whole training steps over those of the dense twin."""
     steps = {
         "dense": our_trainer(our_config(f"model.intermediate_size={TOP_K * WIDTH}")),
         "60 experts in every 2nd layer": our_trainer(our_config(*LAYER, "moe.layer_frequency=2")),
         "60 experts in every layer": our_trainer(our_config(*LAYER)),
     }
-    seconds = alternate(steps, rounds)
+    seconds = alternate(steps, rounds, clock=clock)
     for name, times in seconds.items():
         print(f"whole step    {name:30} {1e3 * median(times):8.1f} ms {ratio(times, seconds['dense']):7.2f}")
 
@@ -113,12 +115,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of each product")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 16_384], help="tokens in a layer's batch")
     parser.add_argument("--no-steps", action="store_true", help="measure the layers only")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time, of one thread: for a busy machine"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    torch.set_num_threads(1 if arguments.cpu_time else arguments.threads)
+    keep_freed_memory()
     for num_tokens in arguments.tokens:
-        measure_layers(num_tokens, arguments.rounds)
+        measure_layers(num_tokens, arguments.rounds, clock)
     if not arguments.no_steps:
-        measure_steps(arguments.rounds)
+        measure_steps(arguments.rounds, clock)
 
 
 if __name__ == "__main__":

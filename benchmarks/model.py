@@ -9,6 +9,7 @@ keys that the Llamas beside it do not have. Our training keeps the memory that i
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from statistics import median
 
@@ -46,9 +47,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no round begins")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of each product")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders beside the reference")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time, of one thread: for a busy machine"
+    )
     parser.add_argument("--apart", action="store_true", help="each contender in a process of its own")
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    arguments.threads = 1 if arguments.cpu_time else arguments.threads
     torch.set_num_threads(arguments.threads)
     if arguments.serve:
         serve(CONTENDERS[arguments.serve]())
@@ -59,7 +65,7 @@ def main() -> None:
         chosen = [name for name in chosen if not name.startswith("litgpt")]
     product, operations = square_product()
     steps = {name: apart(name, arguments.threads) if arguments.apart else CONTENDERS[name]() for name in chosen}
-    seconds = alternate({"peak": product} | steps, arguments.rounds, limit=arguments.limit)
+    seconds = alternate({"peak": product} | steps, arguments.rounds, limit=arguments.limit, clock=clock)
     peak = operations / median(seconds["peak"])
     print(
         f"{arguments.threads} threads; matrix products of 2048 × 2048: {peak / 1e9:.0f} GFLOP/s; {len(seconds['peak'])} rounds"

@@ -16,7 +16,7 @@ def swiglu(
 
     Autograd would keep `silu(gate)` as well, and the product before it is scaled. A compiler knows that by itself.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         gate, up = gate_up.chunk(2, dim=-1)
         inner = F.silu(gate) * up
         return inner if scale is None else inner * scale
