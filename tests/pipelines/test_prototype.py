@@ -37,6 +37,14 @@ def folder(workspace, first_run):
     return workspace / "outputs" / "small" / "prototype"
 
 
+def test_the_data_set_card_is_an_artifact_and_a_page_of_the_dashboard(first_run):
+    outputs = first_run[1].steps["prepare_data"].outputs
+    reference, card = outputs["data"][0].load(), outputs["dataset_card"][0]
+    assert reference.fingerprint in card.load()
+    assert [view.type.value for view in card.visualizations] == ["html"]
+    assert "dataset_card.md" in reference.files
+
+
 def test_every_step_completes_in_order(first_run):
     statuses, done = first_run
     assert statuses == dict.fromkeys(WORKFLOWS["prototype"].steps, "completed")
