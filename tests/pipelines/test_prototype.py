@@ -73,7 +73,7 @@ def test_steps_pass_json_references_and_a_page_and_no_pickles(first_run):
         "StructuredStringMaterializer",
     }
     for output in outputs:
-        if output.name != "report_page":
+        if output.name not in ("report_page", "dataset_card"):
             assert output.load().is_intact()
 
 
