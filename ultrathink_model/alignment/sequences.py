@@ -93,10 +93,12 @@ def response_states(
         sequences: Prompts with responses.
         temperature: What the responses were or would be drawn at.
     """
-    output = forward(sequences.tokens[:, :-1], attention_mask=_without_last(sequences.attention_mask))
-    assert output.logits is not None, "a forward without labels returns logits"
     first = sequences.prompt_length - 1
-    return output.logits[:, first:].float() / temperature, output.hidden[:, first:]
+    mask = _without_last(sequences.attention_mask)
+    output = forward(sequences.tokens[:, :-1], attention_mask=mask, logits_from=first)
+    assert output.logits is not None, "a forward without labels returns logits"
+    logits = output.logits.float()
+    return logits if temperature == 1 else logits / temperature, output.hidden[:, first:]
 
 
 def token_logprobs(

@@ -110,6 +110,7 @@ class Transformer(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         start: int = 0,
         return_logits: bool = True,
+        logits_from: int = 0,
         harm_labels: Int[Tensor, "labelled seq"] | None = None,
     ) -> ModelOutput:
         """One pass over a batch.
@@ -123,6 +124,7 @@ class Transformer(nn.Module):
             cache: The layers' keys and values, to which this call's are added.
             start: Position of the first column, where earlier ones are in the cache.
             return_logits: Whether logits are wanted when there are no labels.
+            logits_from: First column whose logits are wanted.
             harm_labels: Harm of each token of the last rows, for training the harm head; see `HarmHead.loss_sum`.
         """
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -140,7 +142,7 @@ class Transformer(nn.Module):
         if self.training:
             self._counts = Routing(counts=self._counts).merge(Routing(counts=report.counts)).counts
         if labels is None:
-            logits = F.linear(hidden, self.output_weight) if return_logits else None
+            logits = F.linear(hidden[:, logits_from:], self.output_weight) if return_logits else None
             return ModelOutput(hidden, logits, aux_losses=report.losses, passes=report.passes)
         training = self.config.training
         loss_sum, z_loss = chunked_cross_entropy(
