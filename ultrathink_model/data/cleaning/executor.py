@@ -66,7 +66,7 @@ def run_tasks(
     if failed:
         raise DataError(
             f"{len(failed)} of {tasks} cleaning tasks failed under data.executor={data.executor}; see "
-            f"{records / 'logs' / f'task_{failed[0]:05d}.log'}, and start again: finished tasks are kept."
+            f"{records / 'logs' / f'task_{failed[0]:05d}.log'} there, mend the cause, and start again."
         )
     return _add_up(records, tasks)
 
