@@ -229,7 +229,9 @@ def test_a_python_without_the_packages_is_told_how_to_get_them():
 @pytest.mark.slow
 def test_sigterm_saves_exits_75_and_the_same_command_goes_on(config_file, tmp_path):
     command = [sys.executable, str(ROOT / "train_advanced.py"), "--config", str(config_file)]
-    command += ["--override", "training.max_steps=400", "evaluation.num_generations=0", "evaluation.eval_samples=8"]
+    # An epoch of this corpus is some ten steps; none of its ends is to validate and save.
+    command += ["--override", "training.max_steps=400", "training.num_epochs=1000", "evaluation.eval_frequency=1000"]
+    command += ["evaluation.num_generations=0", "evaluation.eval_samples=8"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "step 20/" in line:
