@@ -61,7 +61,10 @@ def read_until(process, text):
         (["--workflow", "prod"], "invalid choice: 'prod'"),
         (["--workflow", "production", "--config", "nowhere.yaml"], "No such file"),
         (["--workflow", "production", "--profile", "tiny", "--override", "model.hiden_size=3"], "model.hidden_size"),
-        (["--workflow", "production", "--config", "small.yaml", "--override", "sft:a.b=1"], "baseline, advanced, constitutional, rlhf"),
+        (
+            ["--workflow", "production", "--config", "small.yaml", "--override", "sft:a.b=1"],
+            "baseline, advanced, constitutional, rlhf",
+        ),
         (["--workflow", "multi_gpu", "--config", "small.yaml", "--stack", "moon"], "--stack moon is not registered"),
         (["--workflow", "multi_gpu", "--config", "small.yaml", "--override", "data.dataset=empty.txt"], "empty.txt"),
     ],
