@@ -82,6 +82,8 @@ def kill(processes: list[BaseProcess]) -> None:
 
 def _train(config: Config, manifest: DataManifest, rank: int, ranks: int, port: int, hook: Hook | None) -> None:
     torch.set_num_threads(1)
+    # As in a run of its own: loader workers are forked from the rank, and end when it is killed.
+    multiprocessing.set_start_method("fork", force=True)
     logging.getLogger("ultrathink_model").setLevel(logging.ERROR)
     if ranks > 1:
         os.environ.update(
