@@ -8,7 +8,7 @@ from steps.references import DataReference, StageReference, hash_files
 from ultrathink_model.data.manifest import load_manifest
 from ultrathink_model.stage import run_stage
 from ultrathink_model.tracking.run_folder import RunFolder
-from ultrathink_model.training.run import StagePlace
+from ultrathink_model.training.session import StagePlace
 from ultrathink_model.workflow import StepPlan
 
 # What later steps read of a run's folder. `metrics.jsonl` is not among it: evaluation adds its line there.

@@ -26,7 +26,8 @@ from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
 from ultrathink_model.tracking.mlflow import MlflowRun
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.result import StageResult
-from ultrathink_model.training.run import StagePlace, train
+from ultrathink_model.training.run import train
+from ultrathink_model.training.session import StagePlace
 
 UPLOAD_THREAD = "mlflow-upload"
 UPLOAD_SECONDS = 120.0

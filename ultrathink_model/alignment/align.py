@@ -40,7 +40,7 @@ from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
 from ultrathink_model.training.result import StageResult
 from ultrathink_model.training.resume import ResumePoint, claim_folder, resume_point
 from ultrathink_model.training.rng import repeatable_kernels, seed_generators
-from ultrathink_model.training.run import ALONE, StagePlace, _mlflow, _noted_ending, on_main
+from ultrathink_model.training.session import ALONE, StagePlace, mlflow_run, noted_ending, on_main
 from ultrathink_model.training.signals import StopSignals
 
 PAIRS_FILE = "pairs.jsonl"
@@ -84,11 +84,11 @@ def align(
             return claim.result
         if context.is_main and not claim.goes_on:
             _forget_other_runs(folder)
-        with _noted_ending(config, context, folder):
+        with noted_ending(config, context, folder):
             point = on_main(context, lambda: resume_point(claim, config, manifest, folder, rollouts))
             tokenizer = Tokenizer.load(manifest.tokenizer_folder)
             stage = Stage(config, context, manifest, tokenizer, folder, run_name, signals)
-            with _mlflow(config, folder, run_name, place) if context.is_main else contextlib.nullcontext():
+            with mlflow_run(config, folder, run_name, place) if context.is_main else contextlib.nullcontext():
                 run = _prepare(stage, init_from, point)
                 improve(stage, run, place)
                 return _finish(stage, run)

@@ -11,7 +11,7 @@ from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.progress import Progress
 from ultrathink_model.training.checkpoint import CheckpointManifest, save_checkpoint
 from ultrathink_model.training.retention import prune
-from ultrathink_model.training.run import StagePlace
+from ultrathink_model.training.session import StagePlace
 
 logger = logging.getLogger(__name__)
 

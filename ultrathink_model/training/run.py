@@ -27,12 +27,7 @@ from ultrathink_model.training.session import ALONE, StagePlace, mlflow_run, not
 from ultrathink_model.training.signals import StopSignals
 from ultrathink_model.training.trainer import Trainer
 
-__all__ = ["ALONE", "StagePlace", "on_main", "train"]
-
 logger = logging.getLogger(__name__)
-
-# The names by which alignment knows them.
-_mlflow, _noted_ending = mlflow_run, noted_ending
 
 
 def train(
