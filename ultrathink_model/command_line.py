@@ -94,15 +94,20 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
     SIGTERM outside training, which handles it by itself, ends the command with exit code 75, as Ctrl-C does.
     """
     signal.signal(signal.SIGTERM, _stop)
+    exit_code = EXIT_OK
     try:
         main()
     except UltrathinkError as error:
         print(f"{_rank_prefix()}{error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        exit_code = error.exit_code
     except KeyboardInterrupt:
         print(f"{_rank_prefix()}interrupted; start the same command again to go on.", file=sys.stderr)
-        raise SystemExit(EXIT_STOPPED_AFTER_SAVING) from None
-    raise SystemExit(EXIT_OK)
+        exit_code = EXIT_STOPPED_AFTER_SAVING
+    if "RANK" in os.environ:
+        from ultrathink_model.distributed.rank import end_rank  # noqa: PLC0415 - needs packages
+
+        end_rank(exit_code)
+    raise SystemExit(exit_code)
 
 
 def log_to_terminal(level: str) -> None:

@@ -25,7 +25,6 @@ def exchange(config, value):
     print(f"output of rank {own.rank}")
     print(f"errors of rank {own.rank}", file=sys.stderr)
     main_value = context.broadcast_object(f"from {own.rank}")
-    context.shutdown()
     return {
         "value": value,
         "total": total.item(),
@@ -34,6 +33,18 @@ def exchange(config, value):
         "is_main": own.is_main,
         "threads": torch.get_num_threads(),
     }
+
+
+class Aborting:
+    """Ends the process, as a thread of gloo's may, when the interpreter is torn down."""
+
+    def __del__(self):
+        os.abort()
+
+
+def leave_what_aborts_a_teardown():
+    Aborting.left = Aborting()
+    return "done"
 
 
 def refuse_on_rank_1():

@@ -89,6 +89,10 @@ def test_ranks_exchange_return_and_print(distributed_config, capsys, monkeypatch
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_what_would_abort_the_end_of_a_finished_rank_is_not_taken_for_a_failure(distributed_config):
+    assert launch(launched.leave_what_aborts_a_teardown, (), distributed_config) == "done"
+
+
 def test_typed_error_of_a_rank_comes_out_as_it_was(distributed_config, capfd):
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=r"^rank 1 cannot read the checkpoint$"):

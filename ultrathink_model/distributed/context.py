@@ -74,12 +74,6 @@ def init_distributed(config: Config) -> RankContext:
     return RankContext(rank, local_rank, world_size, device)
 
 
-def shutdown() -> None:
-    """Leaves the other ranks; without effect in a process that never joined any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Adds a tensor up over all ranks, in place, and returns it; the identity in one process."""
     if dist.is_initialized():

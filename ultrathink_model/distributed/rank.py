@@ -3,6 +3,7 @@
 Run as `python -m ultrathink_model.distributed.rank FOLDER`, where FOLDER holds what `launch` put there.
 """
 
+import atexit
 import ctypes
 import json
 import os
@@ -13,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pydantic import BaseModel
 
@@ -73,13 +74,26 @@ def main() -> None:
         # A rank that has stopped as asked leaves with 0: the others may still be writing, and a launcher kills them
         # at the first rank that fails.
         _leave(folder, Outcome(rank=rank, kind="stopped", error=_name_of(type(error)), message=str(error)))
-        return
+        end_rank(0)
     except UltrathinkError as error:
         _leave(folder, Outcome(rank=rank, kind="refused", error=_name_of(type(error)), message=str(error)))
-        sys.exit(error.exit_code)
+        end_rank(error.exit_code)
     if rank == 0:
         (folder / RESULT_FILE).write_bytes(pickle.dumps(result))
     _leave(folder, Outcome(rank=rank, kind="done"))
+    end_rank(0)
+
+
+def end_rank(exit_code: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, but leaves the interpreter standing.
+
+    Gloo's threads let go of tensors when they like. One that does so while the interpreter is torn down aborts the
+    process, and a finished rank looks like one that was killed (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)
 
 
 def leave_word(error: type[UltrathinkError], message: str) -> bool:
