@@ -1,4 +1,4 @@
-"""The sections that shape the network: `model`, `advanced`, `moe`, `dre` and `multimodal`."""
+"""The sections that shape the network: `model`, `advanced`, `moe` and `dre`."""
 
 from typing import Literal
 
@@ -187,11 +187,3 @@ class DREConfig(Section):
     def standard_share(self) -> float:
         """Share of tokens with room in a first pass: the budget less what the further passes take."""
         return self.compute_budget - self.deep_share - self.ultra_deep_share
-
-
-class MultimodalConfig(Section):
-    """Images and sound beside text."""
-
-    image_size: int = Field(224, ge=1, description="Side of the square image in pixels.")
-    patch_size: int = Field(14, ge=1, description="Side of one image patch in pixels.")
-    audio_sample_rate: int = Field(16_000, ge=1, description="Samples of sound per second.")

@@ -1,0 +1,42 @@
+"""The images and sounds of a batch, and where their tokens stand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NO_SLOT = -1
+
+
+@dataclass
+class MediaBatch:
+    """What goes to the encoders, and which token of the sequences takes which of the outputs.
+
+    Attributes:
+        images: Normalised pixels.
+        audio: Log-mel frames, each clip padded to the longest.
+        audio_frames: True frames of each clip.
+        image_slots: For each token -1, or image · tokens of an image + patch.
+        audio_slots: For each token -1, or its place among the clips' tokens laid end to end, clip after clip, each
+            with its own number of them.
+    """
+
+    images: Float[Tensor, "images 3 side side"] | None = None
+    audio: Float[Tensor, "clips mel frames"] | None = None
+    audio_frames: Int[Tensor, " clips"] | None = None
+    image_slots: Int[Tensor, "batch seq"] | None = None
+    audio_slots: Int[Tensor, "batch seq"] | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "MediaBatch":
+        """The same media on another device."""
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "MediaBatch":
+        """The same media in page-locked memory, which a GPU reads without waiting."""
+        return self.apply(lambda tensor: tensor.pin_memory())
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "MediaBatch":
+        """The same media with a function applied to each tensor."""
+        return MediaBatch(**{name: None if value is None else function(value) for name, value in vars(self).items()})
