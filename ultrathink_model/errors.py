@@ -30,6 +30,19 @@ class TokenizerError(DataError):
     """A tokenizer that cannot be had, or that does not fit the model or the checkpoint."""
 
 
+class MediaError(DataError):
+    """An image or a sound that cannot be used.
+
+    Args:
+        rule: What it should keep, as a statement.
+        found: What was found in place of that.
+    """
+
+    def __init__(self, rule: str, found: str) -> None:
+        super().__init__(f"{found}; the rule is: {rule}.")
+        self.rule, self.found = rule, found
+
+
 class CheckpointError(UltrathinkError):
     """A checkpoint or a model folder that is missing, damaged or does not fit."""
 
