@@ -33,7 +33,8 @@ def test_a_square_image_equals_clips_processor():
     size = {"shortest_edge": 32}
     processor = CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
     theirs = processor(image, return_tensors="np")["pixel_values"][0]
-    ours = normalise_image(load_image(packed(image), SETTINGS), processor.image_mean, processor.image_std)
+    settings = SimpleNamespace(image_size=32, image_mean=processor.image_mean, image_std=processor.image_std)
+    ours = normalise_image(load_image(packed(image), settings), settings)
     assert ours.dtype == np.float32
     # Both are float32 of the same 256 pixel values, rounded in another order.
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -28,6 +28,16 @@ class ImageSettings(Protocol):
         """Side of the square in pixels."""
         ...
 
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """Mean of each channel, between 0 and 1."""
+        ...
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        """Deviation of each channel."""
+        ...
+
 
 def load_image(source: MediaSource, config: ImageSettings) -> UInt8[np.ndarray, "3 side side"]:
     """The middle square of an image as RGB, scaled to `image_size` with a bicubic filter.
@@ -61,12 +71,11 @@ def load_image(source: MediaSource, config: ImageSettings) -> UInt8[np.ndarray, 
 
 
 def normalise_image(
-    pixels: UInt8[np.ndarray, "3 side side"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float32[np.ndarray, "3 side side"]:
-    """Pixels as the encoder takes them: scaled to [0, 1], less the mean, over the deviation of each channel."""
-    scale = 1 / (255 * np.asarray(std, dtype=np.float32))
-    shift = np.asarray(mean, dtype=np.float32) / np.asarray(std, dtype=np.float32)
-    return pixels * scale[:, None, None] - shift[:, None, None]
+    pixels: UInt8[np.ndarray, "*images 3 side side"], config: ImageSettings
+) -> Float32[np.ndarray, "*images 3 side side"]:
+    """Pixels as the encoder takes them: scaled to [0, 1], less `image_mean`, over `image_std`."""
+    mean, std = np.asarray(config.image_mean, dtype=np.float32), np.asarray(config.image_std, dtype=np.float32)
+    return pixels * (1 / (255 * std))[:, None, None] - (mean / std)[:, None, None]
 
 
 def _middle_square(image: "Image", side: int) -> UInt8[np.ndarray, "3 side side"]:
