@@ -30,12 +30,40 @@ def begin(workflow: str, profile: str | None, config: str | None, overrides: Seq
     Raises:
         ConfigError: The plan cannot be made, or another process runs the workflow in this folder.
     """
-    plan = plan_workflow(workflow, profile, config, overrides or ())
+    root = remote_root()
+    plan = plan_workflow(workflow, profile, config, overrides or (), root)
+    if root is not None:
+        print(f"{plan.workflow}: {plan.reason}; results go to {plan.remote}", flush=True)
+        return without_local_mlflow(plan)
     _take_lock(plan)
     print(f"{plan.workflow}: {plan.reason}; results go to {plan.folder}", flush=True)
     _close_abandoned_runs(plan)
     expire_stale_results(str(plan.folder), plan.steps)
     return plan
+
+
+def remote_root() -> str | None:
+    """Where the active stack keeps runs' folders; None where its steps run on this machine."""
+    stack = Client().active_stack
+    return f"{stack.artifact_store.path.rstrip('/')}/runs" if stack.orchestrator.config.is_remote else None
+
+
+def without_local_mlflow(plan: WorkflowPlan) -> WorkflowPlan:
+    """The plan, without MLflow where its store is a file of this machine, which the steps' machines cannot reach."""
+    uri = plan.config.logging.mlflow_tracking_uri
+    if not plan.config.logging.use_mlflow or uri.startswith(("http://", "https://", "databricks")):
+        return plan
+    print(
+        f"logging.mlflow_tracking_uri={uri} is a store on this machine, which the stack's machines do not reach: "
+        "metrics are kept in the runs' folders alone. Name a server (http://…) to have them in MLflow.",
+        flush=True,
+    )
+    off = {"use_mlflow": False}
+    steps = {}
+    for name, step in plan.steps.items():
+        config = step.config.model_copy(update={"logging": step.config.logging.model_copy(update=off)})
+        steps[name] = step.model_copy(update={"config": config})
+    return plan.model_copy(update={"steps": steps})
 
 
 def _take_lock(plan: WorkflowPlan) -> None:

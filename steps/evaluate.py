@@ -6,12 +6,13 @@ from zenml import step
 
 from steps.caching import EVALUATE
 from steps.parent_run import parent_run
-from steps.references import DataReference, EvaluationReference, StageReference, hash_files
+from steps.references import DataReference, EvaluationReference, StageReference, hash_files, publish
 from ultrathink_model.data.manifest import load_manifest
 from ultrathink_model.stage import evaluate_stage
 from ultrathink_model.workflow import StepPlan
 
 RESULT_FILES = ("evaluation.json", "report.html")
+ADDED_FILES = (*RESULT_FILES, "samples.json", "samples.jsonl", "metrics.jsonl", "mlflow.json")
 
 
 @step(cache_policy=EVALUATE)
@@ -20,11 +21,12 @@ def evaluate(
 ) -> Annotated[EvaluationReference, "evaluation"]:
     """Evaluates a stage's model on held-out text, beside n-gram models, and writes the stage's report."""
     print(f"{plan.title}: {stage.final_model}", flush=True)
+    stage.fetch()
     with parent_run(plan):
-        result = evaluate_stage(plan.config, load_manifest(data.folder), stage.name)
+        result = evaluate_stage(plan.config, load_manifest(data.fetch().folder), stage.name)
     print(f"{plan.title}: {_summary(result.metrics)}", flush=True)
     return EvaluationReference(
-        uri=stage.uri,
+        **publish(plan, stage.folder, ADDED_FILES),
         files=RESULT_FILES,
         sha256=hash_files(stage.folder, RESULT_FILES),
         name=stage.name,

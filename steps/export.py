@@ -6,7 +6,7 @@ from typing import Annotated
 from zenml import step
 
 from steps.caching import EXPORT
-from steps.references import EvaluationReference, ExportReference, StageReference, hash_files
+from steps.references import EvaluationReference, ExportReference, StageReference, hash_files, publish
 from ultrathink_model.export.huggingface import export_model
 from ultrathink_model.workflow import StepPlan
 
@@ -26,5 +26,7 @@ def export(
     """
     folder = Path(plan.folder)
     print(f"{plan.title}: {folder / FOLDER_NAME}", flush=True)
-    export_model(stage.final_model, folder / FOLDER_NAME)
-    return ExportReference(uri=str(folder), files=(FOLDER_NAME,), sha256=hash_files(folder, (FOLDER_NAME,)))
+    export_model(stage.fetch().final_model, folder / FOLDER_NAME)
+    return ExportReference(
+        **publish(plan, folder, (FOLDER_NAME,)), files=(FOLDER_NAME,), sha256=hash_files(folder, (FOLDER_NAME,))
+    )

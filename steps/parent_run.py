@@ -14,6 +14,7 @@ from steps.references import EvaluationReference
 from ultrathink_model.errors import TrainingStoppedError
 from ultrathink_model.tracking.mlflow import create_parent_run, end_parent_run
 from ultrathink_model.tracking.mlflow_store import MlflowStore, Point, attempt
+from ultrathink_model.tracking.remote_folder import RemoteFolder, upload
 from ultrathink_model.tracking.run_folder import write_atomically
 from ultrathink_model.workflow import StepPlan
 
@@ -93,7 +94,8 @@ def _find_or_create(plan: StepPlan, trains: bool) -> str | None:
 
 def _read(plan: StepPlan) -> WorkflowRecord | None:
     try:
-        return WorkflowRecord.model_validate_json((Path(plan.folder) / RECORD_NAME).read_bytes())
+        content = RemoteFolder(plan.remote).read(RECORD_NAME) if plan.remote else None
+        return WorkflowRecord.model_validate_json(content or (Path(plan.folder) / RECORD_NAME).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
 
@@ -101,3 +103,5 @@ def _read(plan: StepPlan) -> WorkflowRecord | None:
 def _write(plan: StepPlan, record: WorkflowRecord) -> None:
     Path(plan.folder).mkdir(parents=True, exist_ok=True)
     write_atomically(Path(plan.folder) / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+    if plan.remote:
+        upload(Path(plan.folder), plan.remote, (RECORD_NAME,))

@@ -3,8 +3,13 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
+
+from ultrathink_model.errors import CheckpointError
+from ultrathink_model.tracking.remote_folder import download, upload, without_checkpoints
+from ultrathink_model.workflow import StepPlan
 
 BLOCK_BYTES = 1 << 20
 
@@ -13,7 +18,8 @@ class Reference(BaseModel):
     """A result on disk.
 
     Attributes:
-        uri: The folder of the result, absolute.
+        uri: The folder of the result, absolute, or its address in a remote store.
+        copy_folder: Where a machine has its copy of what lies in a remote store; empty for a folder on a disk.
         files: Names within the folder that make the result; a folder among them stands for all that it holds.
         sha256: Hash over the names and contents of those files.
     """
@@ -21,13 +27,26 @@ class Reference(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
+    copy_folder: str = ""
     files: tuple[str, ...]
     sha256: str
 
     @property
     def folder(self) -> Path:
-        """The folder of the result."""
-        return Path(self.uri)
+        """The folder of the result on this machine; `fetch` brings it there."""
+        return Path(self.copy_folder or self.uri)
+
+    def fetch(self) -> Self:
+        """Has this machine hold the result, less checkpoints, and returns the reference.
+
+        Raises:
+            CheckpointError: It is no more in the store, or has changed there.
+        """
+        if self.copy_folder and hash_files(self.folder, self.files) != self.sha256:
+            download(self.uri, self.folder, without_checkpoints)
+            if hash_files(self.folder, self.files) != self.sha256:
+                raise CheckpointError(f"{self.uri} is not what its step left there; run that step again.")
+        return self
 
     def is_intact(self) -> bool:
         """Whether the result is still there, unchanged; a result on another machine's storage counts as intact."""
@@ -77,6 +96,25 @@ class ExportReference(Reference):
 
 class ReportReference(Reference):
     """The report over all stages of a workflow."""
+
+
+def publish(plan: StepPlan, folder: Path, names: tuple[str, ...] | None = None) -> dict[str, str]:
+    """Where the next steps find what a step of a plan left in a folder: the first two fields of a reference.
+
+    Where the steps have machines of their own, the folder is copied to the workflow's place in the remote store.
+
+    Args:
+        plan: The step.
+        folder: What it wrote.
+        names: Files and folders in it to copy; None copies all.
+    """
+    if plan.remote is None:
+        return {"uri": str(folder.resolve())}
+    inside = folder.is_relative_to(plan.folder)
+    place = folder.relative_to(plan.folder).as_posix() if inside else f"data/{folder.name}"
+    uri = plan.remote if place == "." else f"{plan.remote}/{place}"
+    upload(folder, uri, names)
+    return {"uri": uri, "copy_folder": str(folder)}
 
 
 def hash_files(folder: Path, names: tuple[str, ...]) -> str:

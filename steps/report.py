@@ -8,7 +8,7 @@ from zenml.types import HTMLString
 
 from steps.caching import REPORT
 from steps.parent_run import finish_parent_run, parent_run
-from steps.references import EvaluationReference, ExportReference, ReportReference, StageReference, hash_files
+from steps.references import EvaluationReference, ExportReference, ReportReference, StageReference, hash_files, publish
 from ultrathink_model.reporting import write_report
 from ultrathink_model.workflow import StepPlan
 
@@ -23,11 +23,16 @@ def report(
     folder = Path(plan.folder)
     print(f"{plan.title}: {folder / FILE_NAME}", flush=True)
     title = f"{folder.name} · {Path(plan.folder).parent.name}"
-    page = write_report([stage.folder for stage in stages], folder / FILE_NAME, title)
+    page = write_report([stage.fetch().folder for stage in stages], folder / FILE_NAME, title)
+    for evaluation in evaluations:
+        evaluation.fetch()
     with parent_run(plan) as run_id:
         if run_id:
+            exported.fetch()
             last = evaluations[-1]
             artifacts = [page, exported.folder / "export", last.folder / "config.yaml", last.folder / "evaluation.json"]
             finish_parent_run(plan, run_id, last, artifacts)
-    reference = ReportReference(uri=str(folder), files=(FILE_NAME,), sha256=hash_files(folder, (FILE_NAME,)))
+    reference = ReportReference(
+        **publish(plan, folder, (FILE_NAME,)), files=(FILE_NAME,), sha256=hash_files(folder, (FILE_NAME,))
+    )
     return reference, HTMLString(page.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ def rlhf(plan: StepPlan, data: DataReference, initial: StageReference) -> Annota
     After a constitutional stage the reward model learns from the choices of its critic, unless the config names other
     preferences.
     """
-    labelled = RunFolder(initial.folder).preferences_file
+    labelled = RunFolder(initial.fetch().folder).preferences_file
     if labelled.exists() and plan.config.rlhf.preference_data is None:
         config = override_config(plan.config, [f"rlhf.preference_data={labelled}"])
         plan = plan.model_copy(update={"config": config})

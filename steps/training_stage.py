@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from steps.parent_run import parent_run
-from steps.provenance import note_result, settle_resume
-from steps.references import DataReference, StageReference, hash_files
+from steps.provenance import PROVENANCE_NAME, note_result, settle_resume
+from steps.references import DataReference, StageReference, hash_files, publish
 from ultrathink_model.data.manifest import load_manifest
 from ultrathink_model.stage import run_stage
+from ultrathink_model.tracking.remote_folder import fetch_run
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.session import StagePlace
 from ultrathink_model.workflow import StepPlan
@@ -31,12 +32,13 @@ def train_stage(
         initial: The stage whose model it starts from; None starts from a seed.
         files: What makes the result, within the run's folder.
     """
+    fetch_run(plan.config)
     config = settle_resume(plan.config, code)
     with parent_run(plan, trains=True) as parent:
         result = run_stage(
             config,
-            manifest=load_manifest(data.folder),
-            init_from=initial.final_model if initial else None,
+            manifest=load_manifest(data.fetch().folder),
+            init_from=initial.fetch().final_model if initial else None,
             run_name=plan.name,
             place=StagePlace(number=plan.number, of=plan.of, parent_run_id=parent),
             evaluate=False,
@@ -46,7 +48,7 @@ def train_stage(
     assert record is not None, "run_stage leaves run.json"
     note_result(folder.path)
     return StageReference(
-        uri=str(folder.path.resolve()),
+        **publish(plan, folder.path, (PROVENANCE_NAME,)),
         files=files,
         sha256=hash_files(folder.path, files),
         name=plan.name,

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from ultrathink_model.models.hf import read_model_config
 from ultrathink_model.reporting import write_report
 from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
 from ultrathink_model.tracking.mlflow import MlflowRun
+from ultrathink_model.tracking.remote_folder import mirrored
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.result import StageResult
 from ultrathink_model.training.run import train
@@ -66,7 +67,7 @@ def run_stage(
         # Every rank asks for it; the first one on a machine prepares it, and the others wait for that one.
         manifest = prepare_data(config)
     folder = RunFolder(config.output.output_dir)
-    with _sole_user(folder):
+    with _sole_user(folder), mirrored(config) if _is_first_rank() else nullcontext():
         result: StageResult = launch(_train_on_rank, (config, manifest, init_from, run_name, place), config)
         if not _is_first_rank():
             return result

@@ -114,6 +114,7 @@ class StepPlan(BaseModel):
         number: Its place, counted from 1.
         of: Number of steps in the workflow.
         folder: Where the workflow writes.
+        remote: Where that folder is kept for the machines of the other steps; None where all steps share a disk.
         inputs: Signature of the local files that the config names: another one where such a file has changed.
         config: The config of the step; a training stage's `output.output_dir` is its run's folder.
     """
@@ -124,6 +125,7 @@ class StepPlan(BaseModel):
     number: int
     of: int
     folder: str
+    remote: str | None = None
     inputs: str
     config: Config
 
@@ -142,6 +144,7 @@ class WorkflowPlan(BaseModel):
     reason: str
     config: Config
     folder: Path
+    remote: str | None
     steps: dict[str, StepPlan]
 
     def __getitem__(self, step: str) -> StepPlan:
@@ -149,7 +152,11 @@ class WorkflowPlan(BaseModel):
 
 
 def plan_workflow(
-    workflow: str, profile: str | None = None, config: str | None = None, overrides: Iterable[str] = ()
+    workflow: str,
+    profile: str | None = None,
+    config: str | None = None,
+    overrides: Iterable[str] = (),
+    remote_root: str | None = None,
 ) -> WorkflowPlan:
     """The plan of a workflow from a profile or a config file.
 
@@ -158,6 +165,7 @@ def plan_workflow(
         profile: `auto`, `tiny`, `small`, `medium` or `large`; None with no `config` is `auto`.
         config: A config file in place of a profile's.
         overrides: Each `section.key=value`, or `stage:section.key=value` for one stage alone.
+        remote_root: A store for the runs' folders, where each step has a machine of its own.
 
     Raises:
         ConfigError: No such workflow, profile, file, stage or key; a value that breaks a rule; both a profile and a
@@ -180,8 +188,10 @@ def plan_workflow(
             f"--override {CONSTITUTIONAL}:{by_stage[CONSTITUTIONAL][0]}: the workflow has that stage only with "
             "advanced.enable_constitutional=true or constitutional.enabled=true; add one of them."
         )
-    folder = Path(base.output.output_dir).resolve() / workflow
-    configs = {stage.name: _stage_config(path, stage, general, by_stage[stage.name], folder) for stage in stages}
+    folder, remote = _places(base, workflow, remote_root)
+    configs = {
+        stage.name: _stage_config(path, stage, general, by_stage[stage.name], folder, remote) for stage in stages
+    }
     steps = {}
     for number, name in enumerate(names, start=1):
         step_config = configs[stage_of(workflow, name)]
@@ -194,10 +204,24 @@ def plan_workflow(
             number=number,
             of=len(names),
             folder=str(folder),
+            remote=remote,
             inputs=input_signature(step_config),
             config=step_config,
         )
-    return WorkflowPlan(workflow=workflow, reason=reason, config=base, folder=folder, steps=steps)
+    return WorkflowPlan(workflow=workflow, reason=reason, config=base, folder=folder, remote=remote, steps=steps)
+
+
+def _places(base: Config, workflow: str, remote_root: str | None) -> tuple[Path, str | None]:
+    """The folder of a workflow, and where it is kept for other machines.
+
+    On machines of their own the steps write below the folder that they start in: this machine's paths are not theirs.
+    """
+    given = Path(base.output.output_dir)
+    remote = base.output.remote_dir
+    if remote_root is None:
+        return given.resolve() / workflow, f"{remote.rstrip('/')}/{workflow}" if remote else None
+    place = Path("outputs") / given.name if given.is_absolute() or ".." in given.parts else given
+    return place / workflow, f"{(remote or f'{remote_root}/{place.as_posix()}').rstrip('/')}/{workflow}"
 
 
 def _needed(workflow: str, base: Config) -> tuple[list[Stage], list[str]]:
@@ -267,7 +291,9 @@ def _split_overrides(overrides: Iterable[str], stages: tuple[Stage, ...]) -> tup
     return general, by_stage
 
 
-def _stage_config(path: Path, stage: Stage, general: list[str], own: list[str], folder: Path) -> Config:
+def _stage_config(
+    path: Path, stage: Stage, general: list[str], own: list[str], folder: Path, remote: str | None
+) -> Config:
     config = load_config(path, [*stage.defaults, *general, *stage.fixed, *own])
     unused: dict[str, object] = {}
     # A section that a stage does not use takes its defaults, so that tuning one stage leaves the others' results valid.
@@ -280,7 +306,8 @@ def _stage_config(path: Path, stage: Stage, general: list[str], own: list[str], 
         unused["rlhf"] = RLHFConfig()
     if not (config.advanced.enable_constitutional or config.constitutional.enabled):
         unused["constitutional"] = ConstitutionalConfig()
-    output = config.output.model_copy(update={"output_dir": str(folder / stage.name)})
+    places = {"output_dir": str(folder / stage.name), "remote_dir": f"{remote}/{stage.name}" if remote else None}
+    output = config.output.model_copy(update=places)
     return config.model_copy(update={"output": output, **unused})
 
 

@@ -210,3 +210,9 @@ class OutputConfig(Section):
     """Where the run writes."""
 
     output_dir: str = Field("./outputs/custom_model", min_length=1, description="The run's folder.")
+    remote_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Where the run's folder is kept as well, while it runs: s3://…, gs://… or a folder. A start on a "
+        "machine that lacks the folder, or holds an older one, goes on from there.",
+    )
