@@ -1,6 +1,7 @@
 """What the command lines share: the check for packages, errors as messages, exit codes. Needs no package itself."""
 
 import argparse
+import atexit
 import difflib
 import importlib.util
 import logging
@@ -104,10 +105,20 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
         print(f"{_rank_prefix()}interrupted; start the same command again to go on.", file=sys.stderr)
         exit_code = EXIT_STOPPED_AFTER_SAVING
     if "RANK" in os.environ:
-        from ultrathink_model.distributed.rank import end_rank  # noqa: PLC0415 - needs packages
-
         end_rank(exit_code)
     raise SystemExit(exit_code)
+
+
+def end_rank(exit_code: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, but leaves the interpreter standing.
+
+    Gloo's threads let go of tensors when they like. One that does so while the interpreter is torn down aborts the
+    process, and a finished rank looks like one that was killed (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)
 
 
 def log_to_terminal(level: str) -> None:

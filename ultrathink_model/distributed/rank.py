@@ -3,7 +3,6 @@
 Run as `python -m ultrathink_model.distributed.rank FOLDER`, where FOLDER holds what `launch` put there.
 """
 
-import atexit
 import ctypes
 import json
 import os
@@ -14,10 +13,11 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NoReturn
+from typing import Literal
 
 from pydantic import BaseModel
 
+from ultrathink_model.command_line import end_rank
 from ultrathink_model.errors import TrainingStoppedError, UltrathinkError
 
 TASK_FILE = "task.pickle"
@@ -82,18 +82,6 @@ def main() -> None:
         (folder / RESULT_FILE).write_bytes(pickle.dumps(result))
     _leave(folder, Outcome(rank=rank, kind="done"))
     end_rank(0)
-
-
-def end_rank(exit_code: int) -> NoReturn:
-    """Ends this process as `sys.exit` does, but leaves the interpreter standing.
-
-    Gloo's threads let go of tensors when they like. One that does so while the interpreter is torn down aborts the
-    process, and a finished rank looks like one that was killed (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(exit_code)
 
 
 def leave_word(error: type[UltrathinkError], message: str) -> bool:
