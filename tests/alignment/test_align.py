@@ -221,13 +221,6 @@ def test_data_of_another_tokenizer_is_refused(config, manifest, dense_folder):
         align(config, manifest=other, run_name="r", init_from=dense_folder)
 
 
-@pytest.mark.parametrize("overrides", [["distributed.enabled=true", "distributed.strategy=fsdp"]])
-def test_strategies_that_cut_weights_are_refused(config, manifest, dense_folder, overrides):
-    with pytest.raises(ConfigError, match=r"set distributed\.strategy=ddp"):
-        align(override_config(config, overrides), manifest=manifest, run_name="r", init_from=dense_folder)
-    assert not Path(config.output.output_dir).exists()
-
-
 def test_fp16_is_refused(config, manifest, dense_folder):
     half = override_config(config, ["training.use_amp=true", "training.amp_dtype=fp16"])
     with pytest.raises(ConfigError, match="take bf16"):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ultrathink_model.alignment.align import align
+from ultrathink_model.alignment.starting_model import check_alignment
 from ultrathink_model.config import override_config
+from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.distributed.launch import launch
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.models.hf import load_model
@@ -19,10 +21,21 @@ def align_on_rank(config, manifest, init_from):
     return align(config, manifest=manifest, run_name="r", init_from=init_from)
 
 
+STRATEGIES = {
+    "ddp": [],
+    "fsdp": ["distributed.strategy=fsdp"],
+    "zero2": ["distributed.strategy=deepspeed", "distributed.zero_stage=2"],
+    "zero3": ["distributed.strategy=deepspeed", "distributed.zero_stage=3"],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
-def test_stage_runs_on_two_ranks(config, manifest, routed_folder, algorithm):
-    config = override_config(config, [*TWO_RANKS, f"rlhf.algorithm={algorithm}"])
+@pytest.mark.parametrize(
+    ("algorithm", "strategy"),
+    [("ppo", "ddp"), ("grpo", "ddp"), ("dpo", "ddp"), ("ppo", "fsdp"), ("grpo", "fsdp"), ("ppo", "zero2")],
+)
+def test_stage_runs_on_two_ranks(config, manifest, routed_folder, algorithm, strategy):
+    config = override_config(config, [*TWO_RANKS, *STRATEGIES[strategy], f"rlhf.algorithm={algorithm}"])
     result = launch(align_on_rank, (config, manifest, routed_folder), config)
     rows = read_metrics(Path(result.output_dir) / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
@@ -30,12 +43,18 @@ def test_stage_runs_on_two_ranks(config, manifest, routed_folder, algorithm):
     assert rows[0]["rlhf/update_steps"] > 0
 
 
-def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(config, manifest, dense_folder, tmp_path):
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero2", "zero3"))]
+)
+def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(
+    config, manifest, dense_folder, tmp_path, strategy
+):
     # No rollout is learnt from under DPO, and one minibatch holds the round, so that both runs see the same pairs.
     config = override_config(config, ["rlhf.algorithm=dpo", "rlhf.ppo_minibatch_size=16", "rlhf.rlhf_iterations=2"])
     one = align_on_rank(config, manifest, dense_folder)
     # Half the sequences on each rank: the language-model updates see the same batch, too.
-    two_config = override_config(config, [*TWO_RANKS, "training.batch_size=2", f"output.output_dir={tmp_path / 'two'}"])
+    half = ["training.batch_size=2", f"output.output_dir={tmp_path / 'two'}"]
+    two_config = override_config(config, [*TWO_RANKS, *STRATEGIES[strategy], *half])
     two = launch(align_on_rank, (two_config, manifest, dense_folder), two_config)
     one_rows, two_rows = (read_metrics(Path(result.output_dir) / "metrics.jsonl") for result in (one, two))
     # Sums in another order: rounding, which AdamW's first steps make larger.
@@ -51,10 +70,11 @@ def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(config, 
     ("overrides", "message"),
     [
         (["rlhf.ppo_minibatch_size=1"], r"rlhf\.ppo_minibatch_size=1 does not divide over 2 ranks"),
+        (["advanced.enable_dre=true", *STRATEGIES["zero3"]], r"enable_dre=true and ZeRO 3 do not go together"),
         (["rlhf.algorithm=grpo", "rlhf.group_size=16"], r"rlhf\.ppo_batch_size=16 in groups of 16 does not divide"),
     ],
 )
-def test_batches_that_do_not_divide_are_refused(config, manifest, dense_folder, overrides, message):
+def test_what_ranks_cannot_share_is_refused(config, manifest, dense_folder, overrides, message):
     config = override_config(config, [*TWO_RANKS, *overrides])
     with pytest.raises(ConfigError, match=message):
-        launch(align_on_rank, (config, manifest, dense_folder), config)
+        check_alignment(config, manifest, dense_folder, RankContext(0, 0, 2, torch.device("cpu")))

@@ -181,9 +181,10 @@ def _finish(stage: Stage, run: PolicyRun) -> StageResult:
         run.return_to_accepted()
         measure = run.accepted_measure
     loss = held_out_loss(stage, run.learner)
+    policy = run.learner.whole_trunk()
 
     def write() -> StageResult:
-        samples = held_out_samples(config, stage.manifest, stage.tokenizer, run.players, run.learner.trunk)
+        samples = held_out_samples(config, stage.manifest, stage.tokenizer, run.players, policy)
         line = {
             **measured_line(measure),
             "rlhf/heldout_reward": samples.reward_after,
@@ -195,7 +196,7 @@ def _finish(stage: Stage, run: PolicyRun) -> StageResult:
         write_atomically(
             stage.folder.samples_file, json.dumps(samples.samples, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         )
-        save_model(run.learner.trunk, stage.manifest.tokenizer_folder, stage.folder.final_model, config)
+        save_model(policy, stage.manifest.tokenizer_folder, stage.folder.final_model, config)
         logger.info("wrote %s", stage.folder.final_model)
         return write_result(stage, run.position.step, run.position.tokens)
 

@@ -201,9 +201,9 @@ def _tuned(
 
     tokens = tune(learner, texts, stage.tokenizer, config, routing_step, after_step)
     tuning = Tuning(steps=int(last[0]), tokens=tokens, loss=last[1])
-    save_model(learner.trunk, stage.manifest.tokenizer_folder, folder.final_model, config)
+    save_model(learner.whole_trunk(), stage.manifest.tokenizer_folder, folder.final_model, config)
     write_atomically(record, tuning.model_dump_json(indent=2) + "\n")
-    return learner.trunk.eval(), tuning
+    return learner.whole_trunk().eval(), tuning
 
 
 def _write_preferences(stage: Stage, choices: list[Choice]) -> int:

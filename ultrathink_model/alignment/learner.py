@@ -1,5 +1,6 @@
 """A trunk and a small head on its states, updated together."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -23,7 +24,8 @@ class Learner:
 
     The head stays outside the strategy, which knows decoders only; its few weights' gradients are summed here. Both
     have AdamW without weight decay, which would pull the policy towards zero instead of towards its reference. The
-    trunk stays in evaluation mode (see `response_states`).
+    trunk stays in evaluation mode (see `response_states`). Where the strategy cuts the trunk's weights over the ranks,
+    each rank has a whole copy beside its shard, which generates and is brought up to date when it is asked for.
 
     Args:
         config: Clipping, AdamW's constants and the strategy.
@@ -46,8 +48,12 @@ class Learner:
         self.context = context
         self._max_norm = config.training.gradient_clipping
         self._strategy = make_strategy(config, context)
+        whole = copy.deepcopy(trunk).to(context.device).eval().requires_grad_(False)
+        _give_every_weight_a_gradient(trunk)
         self._strategy.prepare(trunk, lambda module: _adamw(config, module, learning_rate))
         self._strategy.model.eval()
+        self._whole = whole if self._strategy.is_sharded else None
+        self._whole_is_stale = False
         self.forward: Forward = in_run_precision(config, cast(Forward, self._strategy.model), context.device)
         self.head = None if head is None else head.to(context.device)
         self._head_optimizer = None if self.head is None else _adamw(config, self.head, head_learning_rate)
@@ -58,10 +64,19 @@ class Learner:
         """How the ranks share the trunk."""
         return self._strategy.name
 
-    @property
-    def trunk(self) -> Transformer:
-        """The trunk itself, for generation and for saving."""
-        return cast(Transformer, self._strategy.unwrapped)
+    def whole_trunk(self) -> Transformer:
+        """The trunk as it stands, for generation and for saving; every rank calls it together."""
+        if self._whole is None:
+            return self._trunk
+        if self._whole_is_stale:
+            self._strategy.copy_weights_to(self._whole)
+            self._whole_is_stale = False
+        return self._whole
+
+    def load_trunk(self, weights: dict[str, Tensor]) -> None:
+        """Puts the trunk to whole weights and buffers, alike on every rank."""
+        self._strategy.load_weights(weights)
+        self._whole_is_stale = True
 
     def backward(self, loss: Float[Tensor, ""], is_last: bool = True) -> None:
         """Adds the gradient of a loss that is this rank's part of a sum over ranks.
@@ -70,9 +85,7 @@ class Learner:
             loss: Made by `forward` and the head.
             is_last: Whether a step follows; ranks exchange gradients only then.
         """
-        # In evaluation mode tokens pass over blocks, and so do gradients; data-parallel wrappers wait for them all.
-        every_weight = sum(weight.sum() for weight in self.trunk.parameters() if weight.requires_grad)
-        self._strategy.backward((loss + 0 * every_weight) * self._strategy.gradient_scale, is_last)
+        self._strategy.backward(loss * self._strategy.gradient_scale, is_last)
 
     def add_language_model_gradient(
         self, batches: Iterable[Batch], weight: float, step: int, is_last: bool = False
@@ -93,7 +106,7 @@ class Learner:
         """
         batches = list(batches)
         tokens = int(all_reduce_sum(torch.tensor(sum(batch.num_tokens for batch in batches))))
-        self.trunk.begin_step(step)
+        self._trunk.begin_step(step)
         self._strategy.model.train()
         total = torch.zeros((), device=self.context.device)
         for number, batch in enumerate((batch.to(self.context.device) for batch in batches), start=1):
@@ -113,7 +126,8 @@ class Learner:
 
     def end_routing_step(self) -> None:
         """Lets loads and thresholds follow what training mode has counted."""
-        self.trunk.end_step(all_reduce_sum)
+        self._trunk.end_step(all_reduce_sum)
+        self._whole_is_stale = True
 
     def step(self) -> Float[Tensor, ""]:
         """Clips and moves the weights; a gradient that is not finite moves nothing.
@@ -127,6 +141,7 @@ class Learner:
             self._zero_head()
             return norm
         self._strategy.step()
+        self._whole_is_stale = True
         if self.head is not None and self._head_optimizer is not None:
             for parameter in self.head.parameters():
                 assert parameter.grad is not None, "the head takes part in every loss"
@@ -155,13 +170,41 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self._strategy.load_state_dict(state)
+        self._whole_is_stale = True
         if self.head is not None and self._head_optimizer is not None:
             self.head.load_state_dict(state["head"])
             load_optimizer_state(self._head_optimizer, self.head, state["head_optimizer"])
 
+    @property
+    def _trunk(self) -> Transformer:
+        return cast(Transformer, self._strategy.unwrapped)
+
     def _zero_head(self) -> None:
         if self._head_optimizer is not None:
             self._head_optimizer.zero_grad()
+
+
+def _give_every_weight_a_gradient(trunk: Transformer) -> None:
+    """Has each rank's backward pass reach every weight in evaluation mode too, be it with zeros.
+
+    There tokens pass over blocks, and so do gradients; a strategy waits for all of them. A block's weights are touched
+    where it ends, while FSDP still holds them, the others at the final norm. ZeRO 3 has let go of them by then and
+    leaves them empty: with it every rank must run the same parts (see `check_alignment`).
+    """
+    in_blocks = {parameter for block in trunk.blocks for parameter in block.parameters()}
+    others = [parameter for parameter in trunk.parameters() if parameter not in in_blocks]
+
+    def touch(module: nn.Module, value: Tensor, weights: Iterable[nn.Parameter]) -> Tensor:
+        if module.training or not torch.is_grad_enabled():
+            return value
+        return value + 0 * sum(weight.sum() for weight in weights if weight.requires_grad and weight.numel())
+
+    def touch_block(block: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        return touch(block, output[0], block.parameters()), output[1]
+
+    for block in trunk.blocks:
+        block.register_forward_hook(touch_block)
+    trunk.norm.register_forward_hook(lambda norm, _inputs, output: touch(norm, output, others))
 
 
 def _adamw(config: Config, module: nn.Module, rate: float) -> AdamW:

@@ -96,7 +96,7 @@ class PolicyRun:
         self.accepted_measure = Measure(0.0, 0.0, 0.0, 0.0, 0)
         self.control = KLControl.from_config(config.rlhf)
         self._manifest, self._algorithm, self._first_routing_step = manifest, algorithm, first_routing_step
-        self._accepted = _copied(learner.trunk)
+        self._accepted = _copied(learner.whole_trunk())
         self._corpus: Iterator[list[Batch]] | None = None
 
     @property
@@ -124,15 +124,14 @@ class PolicyRun:
         order = endless_order(first, prompts, len(train), self.config.training.seed, PROMPT_ORDER)
         repeated = [train[index].prompt for index in order for _ in range(self._algorithm.group_size)]
         generator = make_generator(self.config.training.seed, ROLLOUT, number, context.rank)
+        policy = self.learner.whole_trunk()
         rollout = self.examine(
-            draw_responses(
-                self.learner.trunk, repeated, rlhf, self._manifest, generator, rlhf.ppo_batch_size // context.world_size
-            )
+            draw_responses(policy, repeated, rlhf, self._manifest, generator, rlhf.ppo_batch_size // context.world_size)
         )
         measure = summarise(rollout)
         if measure.kl <= rlhf.target_kl:
             self.accepted_round, self.accepted_measure = number, measure
-            self._accepted = _copied(self.learner.trunk)
+            self._accepted = _copied(policy)
         return rollout, measure
 
     def examine(self, sequences: Sequences) -> Rollout:
@@ -166,7 +165,7 @@ class PolicyRun:
 
     def return_to_accepted(self) -> None:
         """Puts the last policy back that was measured under `rlhf.target_kl`."""
-        self.learner.trunk.load_state_dict(self._accepted)
+        self.learner.load_trunk(self._accepted)
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor of the run's state, live."""

@@ -47,9 +47,6 @@ class RewardTrainer:
         rlhf = config.rlhf
         self._rlhf, self._seed, self._pad_id, self._context = rlhf, config.training.seed, pad_id, context
         trunk = copy.deepcopy(trunk)
-        if trunk.head is not None:
-            # No gradient reaches the output projection, and DDP would wait for it.
-            trunk.head.requires_grad_(False)
         rate = rlhf.reward_learning_rate
         self._head = RewardHead(trunk.config.model.hidden_size)
         self._learner = Learner(config, context, trunk, self._head, rate, rate)
@@ -138,7 +135,7 @@ class RewardTrainer:
             record.loss,
             record.calibration_error,
         )
-        trunk = self._learner.trunk
+        trunk = self._learner.whole_trunk()
         return RewardModel(trunk.eval().requires_grad_(False), self._head.requires_grad_(False), record)
 
     def _gathered(self, own: Float[Tensor, " share"], count: int) -> Float[Tensor, " pairs"]:

@@ -7,8 +7,8 @@ from typing import Any
 from ultrathink_model.config import Config, make_config
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.tokenizer import Tokenizer
-from ultrathink_model.distributed.context import RankContext
-from ultrathink_model.distributed.strategy import strategy_name
+from ultrathink_model.distributed.context import RankContext, strategy_name
+from ultrathink_model.distributed.deepspeed_config import deepspeed_config
 from ultrathink_model.errors import ConfigError, TokenizerError
 from ultrathink_model.models.hf import RUN_CONFIG_FILE, read_model_config
 from ultrathink_model.models.transformer import Transformer, build_model
@@ -67,10 +67,16 @@ def check_alignment(config: Config, manifest: DataManifest, init_from: Path, con
     """Refuses what RLHF cannot do, before anything is computed.
 
     Raises:
-        ConfigError: The strategy shards weights, the ranks do not divide the batches, or the precision is fp16.
+        ConfigError: The ranks do not divide the batches, or would wait for each other; or the precision is fp16.
         TokenizerError: The data was prepared with another tokenizer than the model's.
     """
     check_model_use(config, manifest, init_from)
+    if config.advanced.enable_dre and _gathers_parts_of_blocks(config, context):
+        raise ConfigError(
+            "advanced.enable_dre=true and ZeRO 3 do not go together in alignment: it gathers each part of a block when it "
+            "runs, and by their own tokens ranks run some parts more often than others, so that they would wait for each "
+            "other; set distributed.zero_stage=2, or distributed.strategy=fsdp, which gathers whole blocks"
+        )
     rlhf, ranks = config.rlhf, context.world_size
     group = rlhf.group_size if rlhf.algorithm == "grpo" else 1
     for key, size, unit in (
@@ -86,12 +92,6 @@ def check_alignment(config: Config, manifest: DataManifest, init_from: Path, con
 
 def check_model_use(config: Config, manifest: DataManifest, init_from: Path) -> None:
     """Refuses what nothing that generates and learns in turns can do; see `check_alignment`."""
-    name = strategy_name(config)
-    if name not in ("single", "ddp"):
-        raise ConfigError(
-            f"distributed.strategy={name} cuts weights over the ranks, and alignment generates with whole ones; "
-            "set distributed.strategy=ddp"
-        )
     if config.training.use_amp and config.training.amp_dtype == "fp16":
         raise ConfigError("training.amp_dtype=fp16 needs a loss scaler, which alignment has not; take bf16")
     if (init_from / RUN_CONFIG_FILE).is_file() and Tokenizer.load(init_from).hash != manifest.tokenizer_hash:
@@ -99,6 +99,12 @@ def check_model_use(config: Config, manifest: DataManifest, init_from: Path) -> 
             f"--init-from {init_from} was trained with another tokenizer than the data in {manifest.path} has; set "
             f"data.tokenizer_name={init_from}, or take the data config that the model was trained with"
         )
+
+
+def _gathers_parts_of_blocks(config: Config, context: RankContext) -> bool:
+    if strategy_name(config) != "deepspeed":
+        return False
+    return bool(deepspeed_config(config, context)["zero_optimization"]["stage"] == 3)
 
 
 def starting_model(config: Config, init_from: Path) -> Transformer:

@@ -19,6 +19,7 @@ class FSDPStrategy(SingleStrategy):
 
     name = "fsdp"
     keeps_casts = False
+    is_sharded = True
 
     def backward(self, loss: Float[Tensor, ""], is_last_micro_step: bool) -> None:
         """Adds a micro-batch's gradient; ranks exchange theirs in the last one."""

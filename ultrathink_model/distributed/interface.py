@@ -1,13 +1,13 @@
 """What every strategy can do for the trainer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ultrathink_model.config import Config
@@ -31,11 +31,13 @@ class Strategy(ABC):
         optimizer: Its `param_groups` take the learning rate of each step.
         keeps_casts: Whether a weight's copy in 16 bits may be kept for the rest of a forward pass: not where the weights
             themselves are dropped after each block.
+        is_sharded: Whether the weights are cut over the ranks, so that `unwrapped` is no model by itself.
         gradient_scale: The world size where the ranks' gradients are averaged, 1 where they are added.
     """
 
     name: ClassVar[str]
     keeps_casts: ClassVar[bool] = True
+    is_sharded: bool = False
     gradient_scale: float = 1.0
     model: nn.Module
     unwrapped: nn.Module
@@ -89,12 +91,29 @@ class Strategy(ABC):
 
     def full_model_state(self) -> dict[str, Tensor]:
         """The whole weights in host memory, on rank 0; the other ranks help and get none."""
-        state: dict[str, Tensor] = {}
-        for name, tensor in self.state_dict()["model"].items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.context.is_main:
-                state[name] = whole.detach().to("cpu", copy=True)
-        return state
+        return {name: whole.to("cpu", copy=True) for name, whole in self._whole_weights() if self.context.is_main}
+
+    @torch.no_grad()
+    def copy_weights_to(self, model: nn.Module) -> None:
+        """Sets the weights and buffers of a whole model to this one's; every rank calls it together."""
+        own = model.state_dict()
+        for name, whole in self._whole_weights():
+            own[name].copy_(whole)
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Takes over whole weights and buffers, alike on every rank, and leaves the optimizer as it is."""
+        state = self.state_dict()
+        for name, tensor in state["model"].items():
+            value = weights[name].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            state["model"][name] = value
+        self.load_state_dict(state)
+
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and buffers, gathered one at a time."""
+        for name, tensor in self.unwrapped.state_dict().items():
+            yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
     def _clip(self, max_norm: float | None) -> Float[Tensor, ""]:
         """Norm and clipping for gradients that lie in `parameter.grad`, whole or as DTensors."""
