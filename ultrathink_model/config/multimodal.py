@@ -1,5 +1,6 @@
 """The section `multimodal`: how images and sound are cut into tokens, and the encoders that read them."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -70,6 +71,15 @@ class MultimodalConfig(Section):
     def image_grid(self) -> int:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
+
+    @property
+    def longest_audio_tokens(self) -> int:
+        """Tokens of the longest sound that is taken, which has a state every 20 ms."""
+        return math.ceil(math.ceil(50 * self.max_audio_seconds) / self.audio_stack)
+
+    def without_folders(self) -> "MultimodalConfig":
+        """The same encoders, for a model that holds their weights itself."""
+        return self.model_copy(update={"image_encoder": None, "audio_encoder": None})
 
     @model_validator(mode="before")
     @classmethod

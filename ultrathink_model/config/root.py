@@ -104,11 +104,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _features_are_built(self) -> "Config":
-        if self.advanced.enable_multimodal:
+    def _media_fit_the_sequence(self) -> "Config":
+        if not self.advanced.enable_multimodal:
+            return self
+        media, length = self.multimodal, self.model.max_seq_length
+        image, sound = media.image_grid**2, media.longest_audio_tokens
+        if image >= length:
             raise ValueError(
-                "advanced.enable_multimodal=true is not available in this version, and nothing would change; "
-                "set it to false"
+                f"multimodal.image_size={media.image_size} at patch_size={media.patch_size} makes {media.image_grid}² = "
+                f"{image} tokens an image, and model.max_seq_length={length} must hold text behind it; lower image_size, "
+                "or raise patch_size or max_seq_length"
+            )
+        if sound >= length:
+            raise ValueError(
+                f"multimodal.max_audio_seconds={media.max_audio_seconds:g} makes {sound} tokens a sound, and "
+                f"model.max_seq_length={length} must hold text behind it; lower max_audio_seconds, or raise "
+                "audio_stack or max_seq_length"
             )
         return self
 

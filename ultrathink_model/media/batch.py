@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 NO_SLOT = -1
+# What a token stands for, in the order of its numbers.
+MODALITIES = ("text", "image", "audio")
 
 
 @dataclass
@@ -36,6 +38,15 @@ class MediaBatch:
     def pin_memory(self) -> "MediaBatch":
         """The same media in page-locked memory, which a GPU reads without waiting."""
         return self.apply(lambda tensor: tensor.pin_memory())
+
+    def modalities(self) -> Int[Tensor, "batch seq"] | None:
+        """For each token its place in `MODALITIES`; None where there are no slots."""
+        numbers = None
+        for number, slots in enumerate((self.image_slots, self.audio_slots), start=1):
+            if slots is not None:
+                own = (slots >= 0) * number
+                numbers = own if numbers is None else numbers + own
+        return numbers
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "MediaBatch":
         """The same media with a function applied to each tensor."""

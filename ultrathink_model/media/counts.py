@@ -26,8 +26,3 @@ def frame_tokens(config: MultimodalConfig, frames: int) -> int:
     """Tokens of a sound of so many frames."""
     states = -(-frames // FRAMES_PER_STATE)
     return -(-states // config.audio_stack)
-
-
-def longest_audio_tokens(config: MultimodalConfig) -> int:
-    """Tokens of the longest sound that is taken."""
-    return audio_tokens(config, round(config.max_audio_seconds * config.audio_sample_rate))

@@ -58,7 +58,7 @@ def save_model(
         CheckpointError: `tokenizer_folder` holds no tokenizer, or the disk is too full.
     """
     tokenizer = tokenizer_files(Path(tokenizer_folder))
-    config = config or model.config
+    config = _without_folders(config or model.config)
     state = model.state_dict() if state is None else state
     size = SPARE_BYTES + sum(tensor.nbytes for tensor in state.values())
     with replaced_folder(Path(folder), size) as new:
@@ -66,10 +66,17 @@ def save_model(
         for path in tokenizer:
             shutil.copyfile(path, new / path.name)
         ids = special_ids(Path(tokenizer_folder))
-        write_json(new / CONFIG_FILE, hugging_face_config(model.config) | ids | {"dtype": _dtype(state)})
+        write_json(
+            new / CONFIG_FILE, hugging_face_config(_without_folders(model.config)) | ids | {"dtype": _dtype(state)}
+        )
         write_json(new / "generation_config.json", ids)
         save_config(config, new / RUN_CONFIG_FILE)
         (new / "README.md").write_text(_card(config, model), encoding="utf-8")
+
+
+def _without_folders(config: Config) -> Config:
+    """The config of a folder that holds its encoders itself."""
+    return config.model_copy(update={"multimodal": config.multimodal.without_folders()})
 
 
 def _write_state(state: Mapping[str, Tensor], model: Transformer, folder: Path) -> None:

@@ -9,7 +9,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-PACKAGE = "ultrathink_model.models"
+PACKAGE = "ultrathink_model"
 MODELLING_MODULE = "modeling_ultrathink"
 CONFIGURATION_MODULE = "configuration_ultrathink"
 AUTO_MAP = {
@@ -35,27 +35,29 @@ class _Shaped:
 
 Bool = Float = Int = UInt8 = _Shaped
 '''
-REPLACED_IMPORTS = (
-    (re.compile(r"^from jaxtyping import", re.MULTILINE), f"from .{ANNOTATIONS_MODULE} import"),
-    (re.compile(r"^from ultrathink_model\.config(\.\w+)* import", re.MULTILINE), f"from .{ANNOTATIONS_MODULE} import"),
-    (re.compile(rf"^from {re.escape(PACKAGE)}\.(\w+) import", re.MULTILINE), r"from .\1 import"),
-)
+# What is copied: the modules of these packages that the modelling module imports, beside each other under flat names.
+OWN_IMPORT = re.compile(r"^from ultrathink_model\.((?:(?:models|media)\.[\w.]+)|errors) import", re.MULTILINE)
+ANNOTATIONS_IMPORT = re.compile(r"^from (?:jaxtyping|ultrathink_model\.config(?:\.\w+)*) import", re.MULTILINE)
 
 
 def write_modelling_code(folder: Path) -> None:
     """Writes `modeling_ultrathink.py` and all that it imports to the folder."""
     (folder / f"{ANNOTATIONS_MODULE}.py").write_text(ANNOTATIONS, encoding="utf-8")
     for module in _modules():
-        (folder / f"{module}.py").write_text(_standing_alone(_source(module)), encoding="utf-8")
+        (folder / f"{_flat(module)}.py").write_text(_standing_alone(_source(module)), encoding="utf-8")
 
 
 def _modules() -> list[str]:
-    """The modelling module and every module of this package that it imports, directly or not."""
-    found = [MODELLING_MODULE]
+    """The modelling module and every module of this package that it imports, directly or not, below the package."""
+    found = [f"models.{MODELLING_MODULE}"]
     for module in found:  # grows while it is read
-        imported = re.findall(rf"^from {re.escape(PACKAGE)}\.(\w+) import", _source(module), re.MULTILINE)
-        found += [name for name in dict.fromkeys(imported) if name not in found]
+        found += [name for name in dict.fromkeys(OWN_IMPORT.findall(_source(module))) if name not in found]
     return found
+
+
+def _flat(module: str) -> str:
+    """The name that a module has in the folder, which has no packages."""
+    return module.removeprefix("models.").replace(".", "_")
 
 
 def _source(module: str) -> str:
@@ -75,7 +77,7 @@ def _standing_alone(source: str) -> str:
             start = min(decorator.lineno for decorator in node.decorator_list)
             del lines[start - 1 : node.end_lineno]
     text = "".join(lines)
-    for pattern, replacement in REPLACED_IMPORTS:
-        text = pattern.sub(replacement, text)
+    text = ANNOTATIONS_IMPORT.sub(f"from .{ANNOTATIONS_MODULE} import", text)
+    text = OWN_IMPORT.sub(lambda match: f"from .{_flat(match[1])} import", text)
     assert "ultrathink_model" not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL), "an import was not rewritten"
     return text

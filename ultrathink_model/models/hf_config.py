@@ -14,13 +14,14 @@ from ultrathink_model.models.hf_code import AUTO_MAP
 CONFIG_FILE = "config.json"
 OWN_MODEL_TYPE = "ultrathink"
 # The sections that the model's modules read.
-ARCHITECTURE_SECTIONS = ("model", "advanced", "moe", "dre")
+ARCHITECTURE_SECTIONS = ("model", "advanced", "moe", "dre", "multimodal")
 
 
 def is_own_architecture(config: Config) -> bool:
     """Whether `transformers` has no class for the model, so that its folder must bring the modelling code."""
     has_bias = config.advanced.enable_moe and config.moe.router_bias_rate > 0
-    return config.advanced.enable_dre or config.advanced.enable_constitutional or has_bias
+    advanced = config.advanced
+    return advanced.enable_dre or advanced.enable_constitutional or advanced.enable_multimodal or has_bias
 
 
 def hugging_face_config(config: Config) -> dict[str, Any]:
@@ -124,8 +125,10 @@ def config_from_hugging_face(folder: Path) -> Config:
 
 def _config_of_own_class(written: Mapping[str, Any], folder: Path) -> Config:
     sections = {name: vars(Config())[name] for name in ARCHITECTURE_SECTIONS}
+    architecture = written["architecture"]
     values = {
-        name: {key: value for key, value in written["architecture"][name].items() if key in type(default).model_fields}
+        # A folder that was written before a section was thought of does not have it.
+        name: {key: value for key, value in architecture.get(name, {}).items() if key in type(default).model_fields}
         for name, default in sections.items()
     }
     return make_config(values | {"data": {"tokenizer_name": str(folder)}}, origin=str(folder / CONFIG_FILE))

@@ -14,8 +14,8 @@ class Tokens:
     """Positions, documents and validity of a (batch, seq) grid of tokens, in the order of their rows.
 
     `positions` grow along a row. `document_ids` of None means that each row is one document, `valid` of None
-    that there is no padding, `source_groups` of None that no source is tagged with an expert group. `width` is that of
-    the grid that these tokens were selected from, None for a whole one.
+    that there is no padding, `source_groups` of None that no source is tagged with an expert group, `modalities` of None
+    that all is text. `width` is that of the grid that these tokens were selected from, None for a whole one.
     """
 
     positions: Int[Tensor, "#batch seq"]
@@ -23,6 +23,7 @@ class Tokens:
     valid: Bool[Tensor, "batch seq"] | None = None
     source_groups: Int[Tensor, "batch seq"] | None = None
     sliding_window: int | None = None
+    modalities: Int[Tensor, "batch seq"] | None = None
     width: int | None = None
     # Holds the mask once it is made. `cached_property` has a lock, which torch.compile does not enter.
     _self_mask: list[Tensor | None] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -46,6 +47,7 @@ class Tokens:
             document_ids=chosen(self.document_ids),
             valid=chosen(self.valid) if last_padded is None else ~last_padded,
             source_groups=chosen(self.source_groups),
+            modalities=chosen(self.modalities),
             width=self.width or self.positions.shape[1],
         )
         if last_padded is not None and self.document_ids is None and self.valid is None and self._window_reaches_all:

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ultrathink_model.config import Config
+from ultrathink_model.media.batch import MediaBatch
 from ultrathink_model.models.attention import Attention, FeedForward, LayerCache
 from ultrathink_model.models.harm_head import HarmHead
 from ultrathink_model.models.loss import chunked_cross_entropy
 from ultrathink_model.models.moe import MixtureOfExperts
+from ultrathink_model.models.multimodal.audio_encoder import AudioEncoder
+from ultrathink_model.models.multimodal.image_encoder import ImageEncoder
+from ultrathink_model.models.multimodal.media_encoder import MediaEncoder
 from ultrathink_model.models.norm import RMSNorm
 from ultrathink_model.models.reasoning import DepthRouter
 from ultrathink_model.models.recomputation import run_block
@@ -91,6 +95,7 @@ class Transformer(nn.Module):
         self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         categories = config.advanced.harm_categories
         self.harm_head = HarmHead(model.hidden_size, len(categories)) if categories else None
+        self.media_encoder = MediaEncoder(config) if config.advanced.enable_multimodal else None
         self._rotation: Rotation | None = None
         self._counts: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -112,6 +117,7 @@ class Transformer(nn.Module):
         return_logits: bool = True,
         logits_from: int = 0,
         harm_labels: Int[Tensor, "labelled seq"] | None = None,
+        media: MediaBatch | None = None,
     ) -> ModelOutput:
         """One pass over a batch.
 
@@ -126,13 +132,20 @@ class Transformer(nn.Module):
             return_logits: Whether logits are wanted when there are no labels.
             logits_from: First column whose logits are wanted.
             harm_labels: Harm of each token of the last rows, for training the harm head; see `HarmHead.loss_sum`.
+            media: Images and sounds, whose states take the places of the tokens that it names; None leaves all tokens
+                as they are, and the encoders idle.
         """
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        tokens = Tokens(positions, document_ids, attention_mask, source_groups, self.config.model.sliding_window)
+        modalities = None if media is None else media.modalities()
+        window = self.config.model.sliding_window
+        tokens = Tokens(positions, document_ids, attention_mask, source_groups, window, modalities)
         if cache is None:
             tokens = tokens.with_mask()
         rotation = self._rotation_table(start + input_ids.shape[1], input_ids.device)
         x = self.embedding(input_ids)
+        if media is not None:
+            assert self.media_encoder is not None, "the model was built without encoders"
+            x = self.media_encoder(x, media)
         report = Routing()
         for layer, block in enumerate(self.blocks):
             x, routing = self._run_block(block, x, tokens, rotation, None if cache is None else cache[layer])
@@ -250,6 +263,8 @@ def initialise(model: Transformer, seed: int) -> None:
         generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         if isinstance(module, nn.RMSNorm):
             module.weight.fill_(1.0)
+        elif isinstance(module, ImageEncoder | AudioEncoder):
+            module.initialise(generator)
         elif isinstance(module, nn.Embedding):
             module.weight.normal_(0.0, spread, generator=generator)
         elif isinstance(module, nn.Linear):

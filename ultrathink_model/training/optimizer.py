@@ -9,6 +9,7 @@ from torch.optim import AdamW, Optimizer
 from ultrathink_model.config.training import TrainingConfig
 from ultrathink_model.distributed.state import same_mesh
 from ultrathink_model.models.attention import Attention, FeedForward
+from ultrathink_model.models.multimodal.encoder_block import EncoderAttention
 from ultrathink_model.training.muon import Muon
 
 
@@ -52,6 +53,9 @@ def fused_matrices(module: nn.Module) -> dict[Tensor, tuple[int, ...]]:
         elif isinstance(part, FeedForward):
             half = part.gate_up.weight.shape[0] // 2
             parts[part.gate_up.weight] = (half, half)
+        elif isinstance(part, EncoderAttention):
+            width = part.qkv.weight.shape[1]
+            parts[part.qkv.weight] = (width, width, width)
     return parts
 
 

@@ -1,0 +1,1 @@
+"""The encoders that bring images and sound into the decoder's sequence."""
