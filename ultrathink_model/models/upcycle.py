@@ -1,7 +1,7 @@
 """Starting a model from a trained one, with features switched on that the trained one does not have."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ultrathink_model.config import Config
 from ultrathink_model.errors import CheckpointError
+from ultrathink_model.media.counts import MEDIA_TOKENS
 from ultrathink_model.models.hf import copy_weight, read_model_config, read_weights
 from ultrathink_model.models.hf_config import expert_width
 from ultrathink_model.models.model_folder import existing_folder
+from ultrathink_model.models.multimodal.image_encoder import resized_positions
 from ultrathink_model.models.tokenizer_files import TOKENIZER_FILE, vocabulary
 from ultrathink_model.models.transformer import Transformer, is_mixture, is_routed
 
@@ -31,6 +33,28 @@ MODEL_KEYS = {
     "tie_embeddings": "tie_embeddings",
     "sliding_window": "sliding_window",
 }
+# The same of the section `multimodal`, `image_size` aside: positions are brought to another one.
+MEDIA_KEYS = {
+    "patch_size": "patch_size",
+    "audio_sample_rate": "audio_sample_rate",
+    "mel_bins": "mel_bins",
+    "audio_stack": "audio_stack",
+    "image_architecture": "image_architecture",
+    "image_hidden_size": "image_hidden_size",
+    "image_layers": "image_layers",
+    "image_heads": "image_heads",
+    "image_intermediate_size": "image_inner_size",
+    "image_activation": "image_activation",
+    "image_mean": "image_mean",
+    "image_std": "image_std",
+    "audio_hidden_size": "audio_hidden_size",
+    "audio_layers": "audio_layers",
+    "audio_heads": "audio_heads",
+    "audio_intermediate_size": "audio_inner_size",
+}
+POSITIONS = "media_encoder.image_encoder.positions"
+# Weights with a row for each token of the vocabulary.
+ROWS_OF_TOKENS = ("embedding.weight", "head.weight")
 
 
 @dataclass
@@ -41,24 +65,33 @@ class InitReport:
         taken: From the source, as they were.
         split: Experts and their routers, made from the source's feed-forwards.
         new: Not in the source: as they were in the model.
+        new_rows: Rows of the embedding that the source has not, as they were in the model.
     """
 
     taken: list[str] = field(default_factory=list)
     split: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    new_rows: int = 0
 
     def summary(self) -> str:
         """One line for the log: how many tensors are of each kind, and which parts of the blocks are not just taken."""
+        rows = f", and {self.new_rows} new rows of the embedding" if self.new_rows else ""
         return (
             f"{len(self.taken)} tensors taken as they were, {len(self.split)} made by splitting{_parts(self.split)}, "
-            f"{len(self.new)} new{_parts(self.new)}"
+            f"{len(self.new)} new{_parts(self.new)}{rows}"
         )
 
 
 def _parts(names: list[str]) -> str:
-    """The names in brackets, each once for all blocks that have it."""
-    parts = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in names)
+    """The names in brackets, each once for all blocks that have it, and an encoder or a projection as one."""
+    parts = dict.fromkeys(_part(name) for name in names)
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def _part(name: str) -> str:
+    if name.startswith("media_encoder."):
+        return name.split(".")[1]
+    return re.sub(r"^blocks\.\d+\.", "", name)
 
 
 @torch.no_grad()
@@ -67,12 +100,15 @@ def initialise_from(model: Transformer, folder: Path, tokenizer_folder: Path | N
 
     What the source does not have is left as `build_model` made it, which is neutral for depth routers. Dense
     feed-forwards become experts; see `split_into_experts`. The first step's loss is the source's up to rounding,
-    unless `moe.upcycle_noise`, `moe.expert_capacity` or a depth budget without warm-up says otherwise.
+    unless `moe.upcycle_noise`, `moe.expert_capacity` or a depth budget without warm-up says otherwise. Where images
+    and sound are new, `model.vocab_size` may be larger than the source's, to make room for their tokens: what the
+    softmax gives to the new rows is then missing elsewhere.
 
     Args:
         model: A model from `build_model`.
         folder: The trained model: a `final_model/`, or a Qwen3 or Qwen3-MoE folder.
-        tokenizer_folder: The tokenizer of this run, which must have the source's vocabulary; None compares nothing.
+        tokenizer_folder: The tokenizer of this run, which must have the source's vocabulary, but for the tokens of
+            media where these are new; None compares nothing.
 
     Raises:
         CheckpointError: The folder holds no model, or its model cannot become this one.
@@ -81,8 +117,8 @@ def initialise_from(model: Transformer, folder: Path, tokenizer_folder: Path | N
     source = read_model_config(folder)
     _refuse_what_differs(source, target, folder)
     if tokenizer_folder is not None:
-        _refuse_other_vocabulary(folder, Path(tokenizer_folder))
-    report = InitReport()
+        _refuse_other_vocabulary(folder, Path(tokenizer_folder), MEDIA_TOKENS if _gains_media(source, target) else ())
+    report = InitReport(new_rows=target.model.vocab_size - source.model.vocab_size)
     state = model.state_dict()
     generator = torch.Generator().manual_seed(target.training.seed)
     becoming: dict[str, dict[str, Tensor]] = {
@@ -93,7 +129,9 @@ def initialise_from(model: Transformer, folder: Path, tokenizer_folder: Path | N
     for name, weight in read_weights(folder, source):
         block, _, part = name.removesuffix(".weight").rpartition(".")
         if block not in becoming:
-            copy_weight(state, name, weight, folder)
+            resized = resized_positions(weight, target.multimodal.image_grid) if name == POSITIONS else weight
+            place = state[name][: source.model.vocab_size] if name in ROWS_OF_TOKENS else state[name]
+            copy_weight({name: place}, name, resized, folder)
             report.taken.append(name)
             continue
         becoming[block][part] = weight
@@ -148,12 +186,23 @@ def _become_mixture(
     return [*names, f"{block}.router.weight"]
 
 
-def _refuse_what_differs(source: Config, target: Config, folder: Path) -> None:
-    differences = [
-        f"model.{key}={getattr(target.model, resolved)}, {getattr(source.model, resolved)} there"
-        for key, resolved in MODEL_KEYS.items()
-        if getattr(target.model, resolved) != getattr(source.model, resolved)
+def _gains_media(source: Config, target: Config) -> bool:
+    return target.advanced.enable_multimodal and not source.advanced.enable_multimodal
+
+
+def _differences(section: str, keys: dict[str, str], source: Config, target: Config) -> list[str]:
+    here, there = getattr(target, section), getattr(source, section)
+    return [
+        f"{section}.{key}={getattr(here, resolved)}, {getattr(there, resolved)} there"
+        for key, resolved in keys.items()
+        if getattr(here, resolved) != getattr(there, resolved)
     ]
+
+
+def _refuse_what_differs(source: Config, target: Config, folder: Path) -> None:
+    grows = _gains_media(source, target) and target.model.vocab_size > source.model.vocab_size
+    keys = {key: resolved for key, resolved in MODEL_KEYS.items() if not (grows and key == "vocab_size")}
+    differences = _differences("model", keys, source, target)
     if source.advanced.enable_moe:
         differences += _mixture_differences(source, target)
     elif target.advanced.enable_moe:
@@ -166,6 +215,10 @@ def _refuse_what_differs(source: Config, target: Config, folder: Path) -> None:
         )
     if source.advanced.enable_constitutional and not target.advanced.enable_constitutional:
         differences.append("advanced.enable_constitutional=False, and a harm head there, which would be lost")
+    if source.advanced.enable_multimodal and not target.advanced.enable_multimodal:
+        differences.append("advanced.enable_multimodal=False, and encoders there, which would be lost")
+    elif source.advanced.enable_multimodal:
+        differences += _differences("multimodal", MEDIA_KEYS, source, target)
     if differences:
         raise CheckpointError(
             f"--init-from {folder} does not fit this run: {'; '.join(differences)}. Give the run the source's values."
@@ -216,12 +269,12 @@ def _refuse_uneven_split(target: Config, folder: Path) -> None:
         )
 
 
-def _refuse_other_vocabulary(folder: Path, tokenizer_folder: Path) -> None:
+def _refuse_other_vocabulary(folder: Path, tokenizer_folder: Path, new_tokens: Collection[str]) -> None:
     source_folder = existing_folder(folder)
     if not (source_folder / TOKENIZER_FILE).is_file():
         return
     there, here = vocabulary(source_folder), vocabulary(tokenizer_folder)
-    if there != here:
+    if there != here and there != {token: number for token, number in here.items() if token not in new_tokens}:
         common = sum(here.get(token) == number for token, number in there.items())
         raise CheckpointError(
             f"--init-from {folder} was trained with another tokenizer: of its {len(there)} tokens {common} have the "

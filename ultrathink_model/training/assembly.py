@@ -13,6 +13,7 @@ from ultrathink_model.data.safety import with_safety_rows
 from ultrathink_model.distributed.context import RankContext, broadcast_object
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import DependencyError
+from ultrathink_model.models.multimodal.encoder_weights import take_encoders
 from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.upcycle import initialise_from
 from ultrathink_model.tracking.run_folder import RunFolder
@@ -62,6 +63,9 @@ def make_trainer(
         UltrathinkError: The model folder, the checkpoint or the strategy does not go with the config.
     """
     model = build_model(config, "cpu")
+    if model.media_encoder is not None and point is None:
+        for key, tensors in take_encoders(model.media_encoder, config).items():
+            logger.info("%s: %d tensors taken", key, tensors)
     if init_from is not None and point is None:
         report = initialise_from(model, init_from, manifest.tokenizer_folder)
         logger.info("weights of %s: %s", init_from, report.summary())
