@@ -189,11 +189,13 @@ def test_harm_head_judges_the_answers_and_stays_in_the_model(small, config, base
     result = run(small, manifest, tmp_path / "headed", num_prompts=6, label_preferences="false")
     assert 0 <= result.metrics["eval/safety/harmful_before"] <= 1
     assert 0 <= result.metrics["eval/safety/harmful_after"] <= 1
+    assert 0 <= result.metrics["eval/safety/judge_accuracy"] <= 1
     overrides = [f"output.output_dir={tmp_path / 'rlhf'}", "rlhf.rlhf_iterations=2", "rlhf.rlhf_frequency=1"]
     overrides.append("constitutional.harm_token_fraction=1")
     aligned = align(
         override_config(config, overrides), manifest=manifest, run_name="rlhf", init_from=Path(result.final_model)
     )
+    assert {"eval/safety/judge_accuracy", "eval/safety/refused_harmful_after"} <= set(aligned.metrics)
     heads = [load_model(folder).harm_head for folder in (result.final_model, aligned.final_model)]
     # The language-model updates of RLHF bring labelled rows along.
     assert not torch.equal(heads[0].weight, heads[1].weight)

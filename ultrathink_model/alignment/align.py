@@ -21,6 +21,7 @@ from ultrathink_model.alignment.reward import RewardModel, load_reward_model, sa
 from ultrathink_model.alignment.reward_training import RewardTrainer
 from ultrathink_model.alignment.rewards import make_rewards, needs_reward_model
 from ultrathink_model.alignment.rounds import improve, measured_line
+from ultrathink_model.alignment.safety_answers import measure_answers
 from ultrathink_model.alignment.samples import held_out_samples
 from ultrathink_model.alignment.stage import Stage, held_out_loss, write_result
 from ultrathink_model.alignment.starting_model import (
@@ -166,6 +167,12 @@ def _reward_progress(stage: Stage) -> Callable[[int, int, float], None]:
     return after_step
 
 
+def _answers(stage: Stage, before: Transformer, after: Transformer) -> dict[str, float]:
+    """Harm in the answers of both models, where there is somebody to judge it."""
+    is_judged = before.harm_head is not None or stage.config.constitutional.judge != "harm_head"
+    return measure_answers(stage, before, after) if is_judged else {}
+
+
 def _finish(stage: Stage, run: PolicyRun) -> StageResult:
     """Keeps the last policy under the KL bound, measures it and writes it out."""
     config, context, rlhf = stage.config, stage.context, stage.config.rlhf
@@ -191,6 +198,7 @@ def _finish(stage: Stage, run: PolicyRun) -> StageResult:
             "rlhf/heldout_reward_before": samples.reward_before,
             "rlhf/accepted_round": run.accepted_round,
             "val/loss": loss,
+            **_answers(stage, run.players.reference, policy),
         }
         MetricsWriter(stage.folder.metrics_file).write(run.position.step, {"tokens": run.position.tokens, **line})
         write_atomically(

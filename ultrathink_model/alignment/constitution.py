@@ -80,6 +80,14 @@ def choice_text(request: str, first: str, second: str, principle: Principle) -> 
     )
 
 
+def harm_text(text: str, first: str, second: str) -> str:
+    """What asks whether a text does harm; `first` and `second` are yes and no, and the answer is A or B."""
+    return (
+        f"Somebody wrote: {text}\n\nDoes this text do harm, or help with doing it?\n\n(A) {first}\n\n(B) {second}\n\n"
+        "Answer with the letter A or B alone.\n\nThe answer is ("
+    )
+
+
 def cut_answer(text: str) -> str:
     """What a model wrote up to where it begins to speak for somebody else; nothing where it does so at once."""
     text = f"\n{text.lstrip()}"

@@ -95,7 +95,7 @@ class ClassifierReward:
     A classifier with one output is a regression, and its output the reward. Code that lies in the folder is not run.
 
     Args:
-        name: Name of the reward, for messages.
+        key: Where the config names it, for messages.
         folder: The classifier's folder.
         label: The label; None takes the last.
         device: Where it computes.
@@ -104,17 +104,17 @@ class ClassifierReward:
         CheckpointError: The folder holds no classifier, or one without that label.
     """
 
-    def __init__(self, name: str, folder: Path, label: str | None, device: torch.device) -> None:
+    def __init__(self, key: str, folder: Path, label: str | None, device: torch.device) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415 - takes seconds
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
-            raise CheckpointError(f"rlhf.rewards: {name}: {folder} holds no classifier: {error}") from None
+            raise CheckpointError(f"{key}: {folder} holds no classifier: {error}") from None
         labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
         if label is not None and label not in labels:
-            raise CheckpointError(f"rlhf.rewards: {name}: {folder} has no label {label!r}; it has {', '.join(labels)}")
+            raise CheckpointError(f"{key}: {folder} has no label {label!r}; it has {', '.join(labels)}")
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # A decoder looks for the last token that is no padding.

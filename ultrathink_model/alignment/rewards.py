@@ -141,6 +141,6 @@ def _scorer(reward: RewardSource, learnt: RewardModel | None, tokenizer: Tokeniz
     judge = (
         CallableReward(reward.name, reward.source)
         if reward.kind == "callable"
-        else ClassifierReward(reward.name, Path(reward.source), reward.label, device)
+        else ClassifierReward(f"rlhf.rewards: {reward.name}", Path(reward.source), reward.label, device)
     )
     return TextScorer(judge, tokenizer)

@@ -66,6 +66,25 @@ class ConstitutionalConfig(Section):
         "skip",
         description="What an empty or senseless answer, or an endpoint that does not answer, does: the prompt is skipped and counted, or the run ends.",
     )
+    judge: Literal["harm_head", "classifier", "critic"] = Field(
+        "harm_head",
+        description="Who judges whether answers do harm, before and after an alignment: the harm head of the model that it began with, where it has one, a `classifier`, or the critic.",
+    )
+    judge_model: str | None = Field(
+        None, description="The Hugging Face folder of the classifier that judges; its code is not run."
+    )
+    judge_label: str | None = Field(
+        None, description="The classifier's label for what does harm; null takes its last one."
+    )
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> "ConstitutionalConfig":
+        if (self.judge == "classifier") != (self.judge_model is not None):
+            raise ValueError(
+                f"constitutional.judge={self.judge} and constitutional.judge_model={self.judge_model!r}: a classifier "
+                "needs its folder, and no other judge reads it; set both, or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _critic_is_named(self) -> "ConstitutionalConfig":

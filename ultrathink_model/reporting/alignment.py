@@ -69,8 +69,11 @@ def _constitutional_facts(stage: Stage) -> list[tuple[str, str]]:
     preferences = stage.last("constitutional/preferences")
     if preferences is not None:
         facts.append(("preferences that the critic gave", f"{preferences:.0f}"))
+    accuracy = stage.last("eval/safety/judge_accuracy")
+    if accuracy is not None:
+        facts.append(("labelled texts that the judge of harm gets right (50 % is chance)", f"{100 * accuracy:.1f} %"))
     for name, text in (
-        ("harmful", "answers to held-out harmful requests that the harm head finds harmful, before and after"),
+        ("harmful", "answers to held-out harmful requests that the judge finds harmful, before and after"),
         ("refused_harmful", "held-out harmful requests refused, before and after"),
         ("refused_harmless", "held-out harmless requests refused, before and after"),
     ):
