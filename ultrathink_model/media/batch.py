@@ -1,11 +1,12 @@
 """The images and sounds of a batch, and where their tokens stand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 NO_SLOT = -1
 # What a token stands for, in the order of its numbers.
@@ -47,6 +48,19 @@ class MediaBatch:
                 own = (slots >= 0) * number
                 numbers = own if numbers is None else numbers + own
         return numbers
+
+    def followed_by_text(self, columns: int) -> "MediaBatch":
+        """The same media in rows that are so much longer."""
+        return self.with_slots(lambda slots: F.pad(slots, (0, columns), value=NO_SLOT))
+
+    def followed_by_rows(self, rows: int) -> "MediaBatch":
+        """The same media in a batch with so many more rows, which have none."""
+        return self.with_slots(lambda slots: F.pad(slots, (0, 0, 0, rows), value=NO_SLOT))
+
+    def with_slots(self, function: Callable[[Tensor], Tensor]) -> "MediaBatch":
+        """The same media with their slots changed."""
+        slots = {name: getattr(self, name) for name in ("image_slots", "audio_slots")}
+        return replace(self, **{name: None if value is None else function(value) for name, value in slots.items()})
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "MediaBatch":
         """The same media with a function applied to each tensor."""

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ultrathink_model.media.batch import MediaBatch
 from ultrathink_model.models.guard import Guard, GuardedRows
 from ultrathink_model.models.kv_cache import KVCache
 from ultrathink_model.models.transformer import Transformer
@@ -57,6 +58,7 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     guard: Guard | None = None,
+    media: MediaBatch | None = None,
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens.
 
@@ -76,6 +78,7 @@ def generate(
         use_cache: Keep keys and values between tokens; False computes every token from the whole text.
         guard: Ends a row, or writes its own words there, once the harm head finds the text harmful; the prompt counts.
             What it writes has log-probability 0.
+        media: Images and sounds of the prompts, and the tokens of `prompts` that stand for them.
 
     Raises:
         ConfigError: There is a guard, and the model has no harm head.
@@ -96,6 +99,7 @@ def generate(
         generator=generator,
         use_cache=use_cache,
         guard=guard,
+        media=media,
     )
     guarded = None
     for column, new in enumerate(steps):
@@ -118,13 +122,14 @@ def generation_steps(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     guard: Guard | None = None,
+    media: MediaBatch | None = None,
 ) -> Iterator[NewTokens]:
     """The tokens of `generate` as they come, for a reader who does not want to wait; same arguments."""
     assert temperature >= 0, f"{temperature=} makes no distribution"
     assert 0 < top_p <= 1, f"{top_p=} is no share of a distribution"
     active = torch.ones(prompts.shape[0], dtype=torch.bool, device=prompts.device)
     stops = torch.tensor(stop_token_ids, dtype=prompts.dtype, device=prompts.device)
-    text = _GrowingText(model, prompts.shape[1] + max_new_tokens, use_cache)
+    text = _GrowingText(model, prompts.shape[1] + max_new_tokens, use_cache, media)
     watched = None if guard is None else GuardedRows(model, guard, prompts)
     was_training = model.training
     model.eval()
@@ -188,8 +193,9 @@ def _draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 class _GrowingText:
     """Rows of text that grow at the end, and the model's state at their end."""
 
-    def __init__(self, model: Transformer, capacity: int, use_cache: bool) -> None:
+    def __init__(self, model: Transformer, capacity: int, use_cache: bool, media: MediaBatch | None) -> None:
         self._model = model
+        self._media = media
         self._cache = KVCache(model.config, capacity) if use_cache else None
         self._tokens: Tensor | None = None
         self._valid: Tensor | None = None
@@ -200,12 +206,18 @@ class _GrowingText:
         """Adds (batch, new) tokens; returns the last state of each row, (batch, hidden)."""
         if self._cache is not None:
             output = self._model(
-                tokens, attention_mask=valid, cache=self._cache, start=self._cache.length, return_logits=False
+                tokens,
+                attention_mask=valid,
+                cache=self._cache,
+                start=self._cache.length,
+                return_logits=False,
+                # What follows the prompt is text.
+                media=self._media if self._cache.length == 0 else None,
             )
             self._cache.length += tokens.shape[1]
         else:
             self._append(tokens, valid)
-            output = self._model(self._tokens, attention_mask=self._valid, return_logits=False)
+            output = self._model(self._tokens, attention_mask=self._valid, return_logits=False, media=self._media)
         return output.hidden[:, -1]
 
     def _append(self, tokens: Tensor, valid: Tensor | None) -> None:
@@ -213,5 +225,7 @@ class _GrowingText:
             self._tokens, self._valid = tokens, valid
             return
         self._tokens = torch.cat((self._tokens, tokens), dim=1)
+        if self._media is not None:
+            self._media = self._media.followed_by_text(tokens.shape[1])
         if self._valid is not None:
             self._valid = torch.cat((self._valid, torch.ones_like(tokens, dtype=torch.bool)), dim=1)

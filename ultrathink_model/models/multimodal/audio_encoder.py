@@ -56,7 +56,7 @@ class AudioEncoder(nn.Module):
         x = F.gelu(self.second_convolution(x.where(inside, 0.0))).transpose(1, 2)  # (clips, states, width)
         x = x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
         inside = _first((frames + 1) // 2, x.shape[1])  # (clips, states)
-        mask = None if x.shape[0] == 1 else inside[:, None, None, :]
+        mask = inside[:, None, None, :]
         recomputes = self.config.model.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             x = run_block(self.config, block, x, mask) if recomputes else block(x, mask)
