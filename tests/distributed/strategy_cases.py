@@ -52,6 +52,7 @@ STRATEGIES = {
     "fsdp_routed": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *ROUTED],
     "fsdp_harm": ["distributed.strategy=fsdp", *HARM],
     "zero1": ["distributed.strategy=deepspeed", "distributed.zero_stage=1"],
+    "zero1_routed": ["distributed.strategy=deepspeed", "distributed.zero_stage=1", *ROUTED],
     "zero2": ["distributed.strategy=deepspeed", "distributed.zero_stage=2"],
     "zero2_routed": ["distributed.strategy=deepspeed", "distributed.zero_stage=2", *ROUTED],
     "zero3": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}"],

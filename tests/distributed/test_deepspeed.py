@@ -65,9 +65,10 @@ def test_saved_state_goes_on_in_one_process(two_ranks, one_process, folder, name
     strategy_cases.assert_equal_curves(resumed, two_ranks["saved"][name])
 
 
-def test_four_ranks_have_the_losses_of_one_process_over_twenty_steps(tmp_path):
-    names = ["zero1", "zero2_routed", "zero3_routed"]
-    results = strategy_cases.curves_over_ranks(tmp_path, names, ranks=4, steps=20)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_have_the_losses_of_one_process_over_twenty_steps(tmp_path, ranks):
+    names = ["zero1", "zero1_routed", "zero2", "zero2_routed", "zero3", "zero3_routed"]
+    results = strategy_cases.curves_over_ranks(tmp_path, names, ranks=ranks, steps=20)
     reference = strategy_cases.run_alone(tmp_path, names, steps=20)["curves"]
     for name in names:
         strategy_cases.assert_equal_curves(results[name], reference[family(name)])
