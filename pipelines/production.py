@@ -11,6 +11,7 @@ from steps.prepare_data import prepare_data
 from steps.pretrain import pretrain
 from steps.report import report
 from steps.resume import resume
+from steps.reward import reward
 from steps.rlhf import rlhf
 
 
@@ -18,9 +19,10 @@ from steps.rlhf import rlhf
 def production_pipeline(
     profile: str | None = None, config: str | None = None, overrides: list[str] | None = None
 ) -> None:
-    """Prepares data, trains in three stages, evaluates each, exports the last and reports.
+    """Prepares data, trains a baseline, adds features to it, aligns it, evaluates each model, exports the last, reports.
 
-    With `advanced.enable_constitutional` or `constitutional.enabled` there is a fourth stage before RLHF.
+    With `advanced.enable_constitutional` or `constitutional.enabled` there is a stage of Constitutional AI before
+    alignment, whose preferences the reward model then learns from.
 
     Args:
         profile: `auto` (also when neither it nor `config` is given), `tiny`, `small`, `medium` or `large`.
@@ -34,11 +36,14 @@ def production_pipeline(
     stages = {"baseline": baseline, "advanced": advanced}
     if "constitutional" in plan.steps:
         stages["constitutional"] = constitutional(plan["constitutional"], data, advanced, id="constitutional")
-    stages["rlhf"] = rlhf(plan["rlhf"], data, list(stages.values())[-1], id="rlhf")
+    start = list(stages.values())[-1]
+    rewards = reward(plan["reward"], data, start, id="reward") if "reward" in plan.steps else None
+    stages["rlhf"] = rlhf(plan["rlhf"], data, start, rewards, id="rlhf")
     evaluations, before = [], "rlhf"
     for name, stage in stages.items():
         step = f"evaluate_{name}"
         evaluations.append(evaluate(plan[step], data, stage, id=step, after=[before]))
         before = step
     exported = export(plan["export"], stages["rlhf"], evaluations[-1], id="export")
-    report(plan["report"], list(stages.values()), evaluations, exported, id="report")
+    trained = [*stages.values()] if rewards is None else [*list(stages.values())[:-1], rewards, stages["rlhf"]]
+    report(plan["report"], trained, evaluations, exported, id="report")

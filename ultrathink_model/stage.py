@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from ultrathink_model.alignment.align import align
 from ultrathink_model.alignment.constitutional import constitute
+from ultrathink_model.alignment.reward_stage import learn_rewards
 from ultrathink_model.config import Config
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.prepare import prepare_data
@@ -71,7 +72,8 @@ def run_stage(
         result: StageResult = launch(_train_on_rank, (config, manifest, init_from, run_name, place), config)
         if not _is_first_rank():
             return result
-        if evaluate:
+        # A reward model predicts no text.
+        if evaluate and not config.rlhf.only_reward_model:
             evaluate_stage(config, manifest, run_name, [folder.final_model])
         else:
             write_report([folder.path], folder.report_file, run_name)
@@ -149,7 +151,12 @@ def _train_on_rank(
     config: Config, manifest: DataManifest, init_from: Path | None, run_name: str, place: StagePlace
 ) -> StageResult:
     """What every rank does."""
-    run = constitute if config.constitutional.enabled else align if config.advanced.enable_rlhf else train
+    if config.constitutional.enabled:
+        run = constitute
+    elif config.advanced.enable_rlhf:
+        run = learn_rewards if config.rlhf.only_reward_model else align
+    else:
+        run = train
     return run(config, manifest=manifest, init_from=init_from, run_name=run_name, place=place)
 
 

@@ -48,8 +48,15 @@ DENSE = ("advanced.enable_moe=false", "advanced.enable_dre=false", "advanced.ena
 ADVANCED = ("advanced.enable_moe=true", "advanced.enable_dre=true")
 PRETRAINS = ("advanced.enable_rlhf=false", "constitutional.enabled=false")
 ONE_PROCESS = ("distributed.enabled=false", "distributed.strategy=null", "distributed.deepspeed_config=null")
-# The stage that only a workflow with Constitutional AI has.
+# The stages that a workflow has only with Constitutional AI, and with a reward model of preference pairs.
 CONSTITUTIONAL = "constitutional"
+REWARD = "reward"
+CONDITIONS = {
+    CONSTITUTIONAL: "advanced.enable_constitutional=true or constitutional.enabled=true; add one of them",
+    REWARD: "a reward of kind preferences; add one to rlhf.rewards, or set rlhf.rewards=null",
+}
+# What a reward model depends on; a change of the others leaves it valid.
+REWARD_KEYS = ("preference_data", "num_pairs", "holdout_fraction", "prompt_tokens", "response_tokens")
 
 WORKFLOWS = {
     "prototype": Workflow(
@@ -80,6 +87,11 @@ WORKFLOWS = {
                 fixed=("advanced.enable_rlhf=false", "constitutional.enabled=true", *ONE_PROCESS),
             ),
             Stage(
+                REWARD,
+                defaults=ADVANCED,
+                fixed=("constitutional.enabled=false", "advanced.enable_rlhf=true", "rlhf.only_reward_model=true"),
+            ),
+            Stage(
                 "rlhf",
                 defaults=ADVANCED,
                 fixed=("constitutional.enabled=false", "advanced.enable_rlhf=true", "training.learning_rate=1.0e-5"),
@@ -90,6 +102,7 @@ WORKFLOWS = {
             "baseline",
             "advanced",
             CONSTITUTIONAL,
+            REWARD,
             "rlhf",
             "evaluate_baseline",
             "evaluate_advanced",
@@ -183,11 +196,9 @@ def plan_workflow(
     general, by_stage = _split_overrides(overrides, WORKFLOWS[workflow].stages)
     base = load_config(path, general)
     stages, names = _needed(workflow, base)
-    if by_stage.get(CONSTITUTIONAL) and CONSTITUTIONAL not in names:
-        raise ConfigError(
-            f"--override {CONSTITUTIONAL}:{by_stage[CONSTITUTIONAL][0]}: the workflow has that stage only with "
-            "advanced.enable_constitutional=true or constitutional.enabled=true; add one of them."
-        )
+    for stage, rule in CONDITIONS.items():
+        if by_stage.get(stage) and stage not in names:
+            raise ConfigError(f"--override {stage}:{by_stage[stage][0]}: the workflow has that stage only with {rule}.")
     folder, remote = _places(base, workflow, remote_root)
     configs = {
         stage.name: _stage_config(path, stage, general, by_stage[stage.name], folder, remote) for stage in stages
@@ -226,11 +237,14 @@ def _places(base: Config, workflow: str, remote_root: str | None) -> tuple[Path,
 
 def _needed(workflow: str, base: Config) -> tuple[list[Stage], list[str]]:
     """The stages and steps of a workflow that its config asks for."""
+    left_out = set()
+    if not (base.constitutional.enabled or base.advanced.enable_constitutional):
+        left_out.add(CONSTITUTIONAL)
+    if not base.rlhf.needs_reward_model:
+        left_out.add(REWARD)
     found = WORKFLOWS[workflow]
-    if base.constitutional.enabled or base.advanced.enable_constitutional:
-        return list(found.stages), list(found.steps)
-    stages = [stage for stage in found.stages if stage.name != CONSTITUTIONAL]
-    return stages, [name for name in found.steps if name.removeprefix("evaluate_") != CONSTITUTIONAL]
+    stages = [stage for stage in found.stages if stage.name not in left_out]
+    return stages, [name for name in found.steps if name.removeprefix("evaluate_") not in left_out]
 
 
 def stage_of(workflow: str, step: str) -> str:
@@ -304,11 +318,19 @@ def _stage_config(
         unused["advanced"] = config.advanced.model_copy(update={"dre_warmup_steps": 0})
     if not config.advanced.enable_rlhf:
         unused["rlhf"] = RLHFConfig()
+    elif config.rlhf.only_reward_model:
+        unused["rlhf"] = _rewards_alone(config.rlhf)
     if not (config.advanced.enable_constitutional or config.constitutional.enabled):
         unused["constitutional"] = ConstitutionalConfig()
     places = {"output_dir": str(folder / stage.name), "remote_dir": f"{remote}/{stage.name}" if remote else None}
     output = config.output.model_copy(update=places)
     return config.model_copy(update={"output": output, **unused})
+
+
+def _rewards_alone(rlhf: RLHFConfig) -> RLHFConfig:
+    """The section with what its reward model does not depend on at its defaults."""
+    names = [name for name in RLHFConfig.model_fields if name in REWARD_KEYS or name.startswith("reward_")]
+    return RLHFConfig(only_reward_model=True, **{name: getattr(rlhf, name) for name in names})
 
 
 def _local_files(name: str) -> list[Path]:

@@ -32,13 +32,26 @@ def test_the_constitutional_stage_is_there_only_when_it_is_asked_for():
     for override in ("advanced.enable_constitutional=true", "constitutional.enabled=true"):
         plan = plan_workflow("production", "tiny", overrides=[override, "distributed.enabled=true"])
         names = list(plan.steps)
-        assert names[names.index("constitutional") - 1 :][:3] == ["advanced", "constitutional", "rlhf"]
+        assert names[names.index("constitutional") - 1 :][:3] == ["advanced", "constitutional", "reward"]
         runs = [plan[name].config.constitutional.enabled for name in ("baseline", "advanced", "constitutional", "rlhf")]
         assert runs == [False, False, True, False]
         assert not plan["constitutional"].config.distributed.enabled
         assert plan["rlhf"].config.distributed.enabled
     with pytest.raises(ConfigError, match="has that stage only with"):
         plan_workflow("production", "tiny", overrides=["constitutional:constitutional.revisions=2"])
+
+
+def test_the_reward_stage_depends_on_its_own_keys_alone_and_is_left_out_without_preferences():
+    before = plan_workflow("production", "tiny")
+    after = plan_workflow("production", "tiny", overrides=["rlhf.ppo_epochs=5"])
+    assert plan_hash(before["reward"]) == plan_hash(after["reward"])
+    assert plan_hash(before["rlhf"]) != plan_hash(after["rlhf"])
+    other = plan_workflow("production", "tiny", overrides=["rlhf.reward_epochs=7"])
+    assert plan_hash(before["reward"]) != plan_hash(other["reward"])
+    rewards = "rlhf.rewards=[{name: a, kind: callable, source: 'm:f'}]"
+    assert "reward" not in plan_workflow("production", "tiny", overrides=[rewards]).steps
+    with pytest.raises(ConfigError, match=r"only with a reward of kind preferences"):
+        plan_workflow("production", "tiny", overrides=[rewards, "reward:rlhf.reward_epochs=2"])
 
 
 def test_prototype_checks_on_dummy_data_whatever_the_run_trains_on():
@@ -69,7 +82,7 @@ def test_tuning_one_stage_leaves_the_plans_of_the_others():
     before = plan_workflow("production", "tiny")
     after = plan_workflow("production", "tiny", overrides=["rlhf.ppo_epochs=2", "moe.load_balance_weight=0.5"])
     changed = {name for name in before.steps if plan_hash(before[name]) != plan_hash(after[name])}
-    assert changed == {"advanced", "rlhf", "evaluate_advanced", "evaluate_rlhf", "export", "report"}
+    assert changed == {"advanced", "reward", "rlhf", "evaluate_advanced", "evaluate_rlhf", "export", "report"}
 
 
 def test_a_changed_input_file_changes_the_plan(tmp_path):
@@ -100,7 +113,7 @@ def test_folders_and_globs_count_as_input_files(tmp_path, tiny_config):
         ({"profile": "tiny", "config": "configs/train_tiny.yaml"}, "take one of them"),
         (
             {"profile": "tiny", "overrides": ["sft:training.max_steps=1"]},
-            "its stages are baseline, advanced, constitutional, rlhf",
+            "its stages are baseline, advanced, constitutional, reward, rlhf",
         ),
         ({"profile": "tiny", "overrides": ["rlhf:training.max_step=1"]}, r"Did you mean training\.max_steps"),
         ({"config": "nowhere.yaml"}, "No such file"),

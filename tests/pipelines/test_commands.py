@@ -63,7 +63,7 @@ def read_until(process, text):
         (["--workflow", "production", "--profile", "tiny", "--override", "model.hiden_size=3"], "model.hidden_size"),
         (
             ["--workflow", "production", "--config", "small.yaml", "--override", "sft:a.b=1"],
-            "baseline, advanced, constitutional, rlhf",
+            "baseline, advanced, constitutional, reward, rlhf",
         ),
         (["--workflow", "multi_gpu", "--config", "small.yaml", "--stack", "moon"], "--stack moon is not registered"),
         (["--workflow", "multi_gpu", "--config", "small.yaml", "--override", "data.dataset=empty.txt"], "empty.txt"),

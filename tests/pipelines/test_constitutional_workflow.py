@@ -37,7 +37,8 @@ def test_constitutional_stage_hands_its_model_and_its_preferences_to_rlhf(worksp
     for name in ("revisions.jsonl", "choices.jsonl", "preferences.jsonl", "final_model/model.safetensors"):
         assert (folder / "constitutional" / name).is_file()
     preferences = folder / "constitutional" / "preferences.jsonl"
-    assert load_config(folder / "rlhf" / "config.yaml").rlhf.preference_data == str(preferences)
+    assert load_config(folder / "reward" / "config.yaml").rlhf.preference_data == str(preferences)
+    assert load_config(folder / "rlhf" / "config.yaml").rlhf.reward_run == str(folder / "reward")
     chosen = {json.loads(line)["chosen"].strip() for line in preferences.read_text().splitlines()}
     learnt = [json.loads(line)["chosen"] for line in (folder / "rlhf" / "pairs.jsonl").read_text().splitlines()]
     assert learnt

@@ -1,11 +1,8 @@
 """The alignment stage: preference pairs, a reward model, and a policy that learns from them."""
 
-import contextlib
 import copy
 import json
 import logging
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,14 @@ from ultrathink_model.alignment.draws import HEADS, make_generator
 from ultrathink_model.alignment.experience import Algorithm
 from ultrathink_model.alignment.grpo import GRPO
 from ultrathink_model.alignment.learner import Learner
-from ultrathink_model.alignment.pairs import PairSplit, load_pairs, make_pairs, save_pairs
 from ultrathink_model.alignment.policy_run import Players, PolicyRun
 from ultrathink_model.alignment.ppo import PPO, ValueHead
-from ultrathink_model.alignment.reward import RewardModel, load_reward_model, save_reward_model
-from ultrathink_model.alignment.reward_training import RewardTrainer
-from ultrathink_model.alignment.rewards import make_rewards, needs_reward_model
+from ultrathink_model.alignment.reward_stage import adopt_rewards, settle_pairs, settle_reward_model
+from ultrathink_model.alignment.rewards import make_rewards
 from ultrathink_model.alignment.rounds import improve, measured_line
 from ultrathink_model.alignment.safety_answers import measure_answers
 from ultrathink_model.alignment.samples import held_out_samples
-from ultrathink_model.alignment.stage import Stage, held_out_loss, write_result
+from ultrathink_model.alignment.stage import Stage, held_out_loss, run_in_folder, write_result
 from ultrathink_model.alignment.starting_model import (
     aligned_config,
     check_alignment,
@@ -32,20 +27,14 @@ from ultrathink_model.alignment.starting_model import (
 )
 from ultrathink_model.config import Config
 from ultrathink_model.data.manifest import DataManifest
-from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.distributed.context import RankContext, init_distributed
 from ultrathink_model.models.hf import save_model
 from ultrathink_model.models.transformer import Transformer
 from ultrathink_model.tracking.metrics import MetricsWriter
-from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
+from ultrathink_model.tracking.run_folder import write_atomically
 from ultrathink_model.training.result import StageResult
-from ultrathink_model.training.resume import ResumePoint, claim_folder, resume_point
-from ultrathink_model.training.rng import repeatable_kernels, seed_generators
-from ultrathink_model.training.session import ALONE, StagePlace, mlflow_run, noted_ending, on_main
-from ultrathink_model.training.signals import StopSignals
-
-PAIRS_FILE = "pairs.jsonl"
-REWARD_MODEL = "reward_model"
+from ultrathink_model.training.resume import ResumePoint
+from ultrathink_model.training.session import ALONE, StagePlace, on_main
 
 logger = logging.getLogger(__name__)
 
@@ -76,39 +65,24 @@ def align(
     config = aligned_config(config, init_from)
     assert init_from is not None, "aligned_config refuses None"
     check_alignment(config, manifest, init_from, context)
-    folder = RunFolder(config.output.output_dir)
+
+    def work(stage: Stage, point: ResumePoint | None) -> StageResult:
+        run = _prepare(stage, init_from, point)
+        improve(stage, run, place)
+        return _finish(stage, run)
+
     rollouts = config.rlhf.ppo_batch_size * config.rlhf.rlhf_steps_per_iteration
-    with StopSignals() as signals, repeatable_kernels(config.training.deterministic):
-        claim = on_main(context, lambda: claim_folder(config, manifest, folder, run_name, init_from, rollouts))
-        if claim.result is not None:
-            logger.info("%s is finished already, after %d rounds", run_name, claim.result.steps)
-            return claim.result
-        if context.is_main and not claim.goes_on:
-            _forget_other_runs(folder)
-        with noted_ending(config, context, folder):
-            point = on_main(context, lambda: resume_point(claim, config, manifest, folder, rollouts))
-            tokenizer = Tokenizer.load(manifest.tokenizer_folder)
-            stage = Stage(config, context, manifest, tokenizer, folder, run_name, signals)
-            with mlflow_run(config, folder, run_name, place) if context.is_main else contextlib.nullcontext():
-                run = _prepare(stage, init_from, point)
-                improve(stage, run, place)
-                return _finish(stage, run)
-
-
-def _forget_other_runs(folder: RunFolder) -> None:
-    """Deletes the pairs and the reward model of another run, which this one must not take for its own."""
-    (folder.path / PAIRS_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder.path / REWARD_MODEL, ignore_errors=True)
+    return run_in_folder(config, context, manifest, run_name, init_from, place, rollouts, work)
 
 
 def _prepare(stage: Stage, init_from: Path, point: ResumePoint | None) -> PolicyRun:
     """The run at its first round or after a checkpoint; pairs and reward model are made where they are missing."""
     config, context = stage.config, stage.context
-    seed_generators(config.training.seed, context.rank)
     policy = starting_model(config, init_from).to(context.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    pairs = _pairs(stage, policy)
-    learnt = _reward_model(stage, policy, pairs) if needs_reward_model(config.rlhf) else None
+    adopt_rewards(stage)
+    pairs = settle_pairs(stage, policy)
+    learnt = settle_reward_model(stage, policy, pairs) if config.rlhf.needs_reward_model else None
     players = Players(reference, make_rewards(config.rlhf, learnt, stage.tokenizer, context.device), pairs)
     algorithm, head = make_algorithm(config, context, players, stage.manifest)
     rate = config.rlhf.policy_learning_rate or config.training.learning_rate
@@ -129,42 +103,6 @@ def make_algorithm(
     if rlhf.algorithm == "grpo":
         return GRPO(rlhf), None
     return PPO(rlhf), ValueHead(config.model.hidden_size, make_generator(config.training.seed, HEADS))
-
-
-def _pairs(stage: Stage, policy: Transformer) -> PairSplit:
-    """The pairs of the run's folder; made, and kept there, where it has none."""
-    path = stage.folder.path / PAIRS_FILE
-    if not on_main(stage.context, path.exists):
-        pairs = make_pairs(stage.config, stage.manifest, stage.tokenizer, policy, stage.context)
-        on_main(stage.context, lambda: save_pairs(pairs, stage.tokenizer, path))
-    if stage.is_asked_to_stop():
-        stage.stop("after its preference pairs were saved")
-    pairs = load_pairs(path)
-    logger.info("%d preference pairs to learn from, %d held out", len(pairs.train), len(pairs.held_out))
-    return pairs
-
-
-def _reward_model(stage: Stage, policy: Transformer, pairs: PairSplit) -> RewardModel:
-    """The reward model of the run's folder; trained, and kept there, where it has none."""
-    path = stage.folder.path / REWARD_MODEL
-    if not on_main(stage.context, path.exists):
-        model = RewardTrainer(stage.config, policy, stage.manifest.pad_id, stage.context).fit(
-            pairs, _reward_progress(stage)
-        )
-        on_main(stage.context, lambda: save_reward_model(model, stage.manifest.tokenizer_folder, path))
-        if stage.is_asked_to_stop():
-            stage.stop("after its reward model was saved")
-    return load_reward_model(path, stage.context.device)
-
-
-def _reward_progress(stage: Stage) -> Callable[[int, int, float], None]:
-    def after_step(step: int, steps: int, loss: float) -> None:
-        if stage.is_asked_to_stop():
-            stage.stop("while its reward model was trained, which begins anew then; its pairs are saved")
-        if stage.context.is_main and (step % stage.config.logging.log_steps == 0 or step == steps):
-            logger.info("reward model: step %d/%d, loss %.4f", step, steps, loss)
-
-    return after_step
 
 
 def _answers(stage: Stage, before: Transformer, after: Transformer) -> dict[str, float]:

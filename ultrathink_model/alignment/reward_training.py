@@ -41,6 +41,9 @@ class RewardTrainer:
         trunk: The language model to start from; it is copied.
         pad_id: Fills ragged rows.
         context: The ranks share each batch.
+
+    Attributes:
+        learner: The trunk with the head.
     """
 
     def __init__(self, config: Config, trunk: Transformer, pad_id: int, context: RankContext) -> None:
@@ -49,14 +52,15 @@ class RewardTrainer:
         trunk = copy.deepcopy(trunk)
         rate = rlhf.reward_learning_rate
         self._head = RewardHead(trunk.config.model.hidden_size)
-        self._learner = Learner(config, context, trunk, self._head, rate, rate)
+        self.learner = Learner(config, context, trunk, self._head, rate, rate)
 
-    def fit(self, split: PairSplit, after_step: Callable[[int, int, float], None]) -> RewardModel:
+    def fit(self, split: PairSplit, after_step: Callable[[int, int, float], None], first_step: int = 0) -> RewardModel:
         """Trains on the one part of the pairs and measures on the other.
 
         Args:
             split: The pairs.
             after_step: Told the step, all steps and the mean loss of the step in nats.
+            first_step: Steps that are done already, whose state the learner holds.
 
         Raises:
             TrainingDivergedError: The loss is no longer finite.
@@ -67,11 +71,11 @@ class RewardTrainer:
         batch_size = min(rlhf.reward_batch_size, len(split.train))
         per_epoch = -(-len(split.train) // batch_size)
         steps = per_epoch * rlhf.reward_epochs
-        for step in range(steps):
+        for step in range(first_step, steps):
             epoch, part = divmod(step, per_epoch)
             order = shuffled(len(split.train), self._seed, REWARD_ORDER, epoch)
             rows = order[part * batch_size : (part + 1) * batch_size].tolist()
-            self._learner.scale_rates(learning_rate_factor(step, steps))
+            self.learner.scale_rates(learning_rate_factor(step, steps))
             pairs = [split.train[row] for row in rows]
             after_step(step + 1, steps, self._step(pairs, [weights[row] for row in rows]))
         return self._measured(split)
@@ -84,8 +88,8 @@ class RewardTrainer:
         margin = torch.tensor([pair.margin for pair in own], device=chosen.device)
         losses = preference_loss(chosen, rejected, margin) * torch.tensor(own_weights, device=chosen.device)
         loss = losses.sum() / len(pairs)
-        self._learner.backward(loss)
-        norm = self._learner.step()
+        self.learner.backward(loss)
+        norm = self.learner.step()
         total = float(all_reduce_sum(loss.detach()))
         if not (torch.isfinite(norm) and math.isfinite(total)):
             raise TrainingDivergedError(
@@ -98,7 +102,7 @@ class RewardTrainer:
         """Raw scores of the chosen sides, then of the rejected ones."""
         sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         sequences = make_sequences([pair.prompt for pair in pairs] * 2, sides, self._pad_id, self._context.device)
-        return raw_scores(self._learner.forward, self._head, sequences, self._rlhf.reward_pooling)
+        return raw_scores(self.learner.forward, self._head, sequences, self._rlhf.reward_pooling)
 
     @torch.no_grad()
     def _scores_in_batches(self, pairs: Sequence[TokenPair]) -> Float[Tensor, "sides pairs"]:
@@ -135,7 +139,7 @@ class RewardTrainer:
             record.loss,
             record.calibration_error,
         )
-        trunk = self._learner.whole_trunk()
+        trunk = self.learner.whole_trunk()
         return RewardModel(trunk.eval().requires_grad_(False), self._head.requires_grad_(False), record)
 
     def _gathered(self, own: Float[Tensor, " share"], count: int) -> Float[Tensor, " pairs"]:

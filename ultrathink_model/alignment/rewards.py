@@ -20,11 +20,6 @@ from ultrathink_model.errors import RewardError
 logger = logging.getLogger(__name__)
 
 
-def needs_reward_model(rlhf: RLHFConfig) -> bool:
-    """Whether a reward model is to be trained on the preference pairs."""
-    return rlhf.rewards is None or any(reward.kind == "preferences" for reward in rlhf.rewards)
-
-
 @dataclass(frozen=True)
 class Part:
     """One reward.

@@ -4,13 +4,11 @@ import contextlib
 import logging
 
 from ultrathink_model.alignment.policy_run import Measure, PolicyRun
-from ultrathink_model.alignment.stage import Stage
+from ultrathink_model.alignment.reward_stage import record_line
+from ultrathink_model.alignment.stage import Stage, save_position
 from ultrathink_model.alignment.update import Update
-from ultrathink_model.config import config_hash
 from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.progress import Progress
-from ultrathink_model.training.checkpoint import CheckpointManifest, save_checkpoint
-from ultrathink_model.training.retention import prune
 from ultrathink_model.training.session import StagePlace
 
 logger = logging.getLogger(__name__)
@@ -86,26 +84,11 @@ def _once(run: PolicyRun) -> dict[str, float]:
     record = run.players.rewards.record
     if run.position.step > 1 or record is None:
         return {}
-    return {
-        "rlhf/reward_accuracy": record.accuracy,
-        "rlhf/reward_loss": record.loss,
-        "rlhf/length_accuracy": record.length_accuracy,
-        "rlhf/calibration_error": record.calibration_error,
-    }
+    return record_line(record)
 
 
 def save_round(stage: Stage, run: PolicyRun) -> None:
-    config, context = stage.config, stage.context
-    manifest = CheckpointManifest(
-        position=run.position.model_copy(),
-        config_hash=config_hash(config),
-        config=config.model_dump(mode="json"),
-        tokenizer_hash=stage.manifest.tokenizer_hash,
-        data_fingerprint=stage.manifest.fingerprint,
-        strategy=run.learner.strategy_name,
-        world_size=context.world_size,
-        global_batch=run.responses_per_round,
+    """Writes a checkpoint of the rounds that are done."""
+    save_position(
+        stage, run.position, run.tensors(), run.rank_state(), run.learner.strategy_name, run.responses_per_round
     )
-    save_checkpoint(stage.folder.checkpoint(run.position.step), run.tensors(), run.rank_state(), manifest)
-    if context.is_main:
-        prune(stage.folder.checkpoints(), config.training)

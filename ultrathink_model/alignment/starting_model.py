@@ -4,15 +4,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ultrathink_model.alignment.stage import PAIRS_FILE
 from ultrathink_model.config import Config, make_config
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.distributed.context import RankContext, strategy_name
 from ultrathink_model.distributed.deepspeed_config import deepspeed_config
-from ultrathink_model.errors import ConfigError, TokenizerError
+from ultrathink_model.errors import CheckpointError, ConfigError, TokenizerError
 from ultrathink_model.models.hf import RUN_CONFIG_FILE, read_model_config
 from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.upcycle import initialise_from
+from ultrathink_model.tracking.run_folder import RunFolder
 
 # Keys of the section `model` that are the run's own to choose.
 NOT_ARCHITECTURE = (
@@ -67,6 +69,7 @@ def check_alignment(config: Config, manifest: DataManifest, init_from: Path, con
     """Refuses what RLHF cannot do, before anything is computed.
 
     Raises:
+        CheckpointError: The run that `rlhf.reward_run` names holds no finished reward model.
         ConfigError: The ranks do not divide the batches, or would wait for each other; or the precision is fp16.
         TokenizerError: The data was prepared with another tokenizer than the model's.
     """
@@ -77,6 +80,7 @@ def check_alignment(config: Config, manifest: DataManifest, init_from: Path, con
             "runs, and by their own tokens ranks run some parts more often than others, so that they would wait for each "
             "other; set distributed.zero_stage=2, or distributed.strategy=fsdp, which gathers whole blocks"
         )
+    _require_rewards(config)
     rlhf, ranks = config.rlhf, context.world_size
     group = rlhf.group_size if rlhf.algorithm == "grpo" else 1
     for key, size, unit in (
@@ -98,6 +102,17 @@ def check_model_use(config: Config, manifest: DataManifest, init_from: Path) -> 
         raise TokenizerError(
             f"--init-from {init_from} was trained with another tokenizer than the data in {manifest.path} has; set "
             f"data.tokenizer_name={init_from}, or take the data config that the model was trained with"
+        )
+
+
+def _require_rewards(config: Config) -> None:
+    if config.rlhf.reward_run is None:
+        return
+    run = RunFolder(config.rlhf.reward_run)
+    if not ((run.path / PAIRS_FILE).is_file() and run.final_model.is_dir()):
+        raise CheckpointError(
+            f"rlhf.reward_run={run.path} holds no finished reward model ({PAIRS_FILE} and final_model/); make it with "
+            f"rlhf.only_reward_model=true and output.output_dir={run.path}"
         )
 
 

@@ -58,6 +58,13 @@ class RLHFConfig(Section):
         "pair",
         description="What counts alike in the reward model's loss: every `pair`, or every `prompt` however many pairs it has.",
     )
+    only_reward_model: bool = Field(
+        False, description="End after the reward model, which is then the run's `final_model/`; no policy is trained."
+    )
+    reward_run: str | None = Field(
+        None,
+        description="Folder of a run that ended after its reward model (`only_reward_model`): its pairs and its reward model are taken, and none are made.",
+    )
     rewards: list[RewardSource] | None = Field(
         None, description="Rewards that are added up; null takes the reward model of the preference pairs alone."
     )
@@ -108,6 +115,25 @@ class RLHFConfig(Section):
         if self.rewards is not None and (not names or len(set(names)) < len(names)):
             raise ValueError(
                 f"rlhf.rewards names {', '.join(names) or 'nothing'}; it needs one or more, each with a name of its own"
+            )
+        return self
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether a reward model of the preference pairs is among the rewards."""
+        return self.rewards is None or any(reward.kind == "preferences" for reward in self.rewards)
+
+    @model_validator(mode="after")
+    def _reward_model_is_wanted(self) -> "RLHFConfig":
+        if self.only_reward_model and self.reward_run is not None:
+            raise ValueError(
+                f"rlhf.only_reward_model=true trains a reward model, and rlhf.reward_run={self.reward_run} takes one that "
+                "is there; set one of them"
+            )
+        if self.only_reward_model and not self.needs_reward_model:
+            raise ValueError(
+                "rlhf.only_reward_model=true, but rlhf.rewards names no reward of kind preferences, so that nothing "
+                "would be trained; add one, or set it to false"
             )
         return self
 

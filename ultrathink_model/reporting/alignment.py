@@ -13,6 +13,7 @@ CHARTS = (
     ("Entropy", "rlhf/entropy", "nats per token"),
     ("Policy loss", "rlhf/policy_loss", "per token"),
     ("Value loss", "rlhf/value_loss", "squared error"),
+    ("Loss of the reward model", "rlhf/reward_train_loss", "nats per pair"),
     ("Held-out accuracy", "rlhf/reward_accuracy", "share of pairs ranked right"),
 )
 

@@ -154,7 +154,8 @@ def run_identity(config: Config, manifest: DataManifest, run_name: str, init_fro
     identity = RunIdentity.of(config, run_name, init_from)
     digest = hashlib.sha256(identity.config_hash.encode())
     own = RunFolder(config.output.output_dir).final_model.resolve()
-    for path in _weight_files(init_from) if init_from and init_from.resolve() != own else ():
+    reward_model = RunFolder(config.rlhf.reward_run).final_model if config.rlhf.reward_run else None
+    for path in [*_weight_files(init_from, own), *_weight_files(reward_model, own)]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     update = {"config_hash": digest.hexdigest(), "data_fingerprint": manifest.fingerprint}
@@ -301,5 +302,8 @@ def _moved(point: ResumePoint, folder: RunFolder) -> ResumePoint:
     raise CheckpointError(f"{point.folder} is gone: another process has moved it.")
 
 
-def _weight_files(init_from: Path) -> list[Path]:
-    return sorted(existing_folder(init_from).glob("*.safetensors"))
+def _weight_files(folder: Path | None, own: Path) -> list[Path]:
+    """The files of a model that a run starts from; none of the one that it writes itself."""
+    if folder is None or folder.resolve() == own:
+        return []
+    return sorted(existing_folder(folder).glob("*.safetensors"))
