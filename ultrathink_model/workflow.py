@@ -20,6 +20,7 @@ from ultrathink_model.config.model import DREConfig, MoEConfig
 from ultrathink_model.config.profiles import profile_path, resolve_profile
 from ultrathink_model.config.rlhf import RLHFConfig
 from ultrathink_model.errors import ConfigError
+from ultrathink_model.evaluation.task_files import check_inputs
 
 STAGE_PREFIX = re.compile(r"(\w+):(.+)", re.DOTALL)
 
@@ -203,13 +204,14 @@ def plan_workflow(
     configs = {
         stage.name: _stage_config(path, stage, general, by_stage[stage.name], folder, remote) for stage in stages
     }
+    for evaluated in configs.values():
+        check_inputs(evaluated.evaluation)
     steps = {}
     for number, name in enumerate(names, start=1):
         step_config = configs[stage_of(workflow, name)]
         if not name.startswith("evaluate_"):
-            # What was trained stays valid when a gate moves.
-            ungated = step_config.evaluation.model_copy(update={"gates": {}})
-            step_config = step_config.model_copy(update={"evaluation": ungated})
+            # What was trained stays valid when a gate moves, or the finished model is measured in another way.
+            step_config = step_config.model_copy(update={"evaluation": step_config.evaluation.while_training()})
         steps[name] = StepPlan(
             name=name,
             number=number,
@@ -275,6 +277,7 @@ def input_signature(config: Config) -> str:
     single += [constitutional.safety_data, constitutional.red_team_data]
     single += [constitutional.critic_model] if constitutional.critic == "local" else []
     single += [reward.source for reward in config.rlhf.rewards or [] if reward.kind != "callable"]
+    single += [config.evaluation.blimp, *config.evaluation.tasks]
     names += [name for name in single if name]
     digest = hashlib.sha256()
     for path in sorted({file for name in names for file in _local_files(name)}):

@@ -49,7 +49,8 @@ def test_folder_is_evaluated_and_the_result_written(text_config, manifest, tmp_p
     result = evaluate_model(tmp_path / "final_model", manifest, text_config, tmp_path / "run")
     assert EvaluationResult.load(tmp_path / "run/evaluation.json") == result
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["evaluation.json"]
-    assert {name.split("/")[1] for name in result.metrics} == {"validation", "unigram", "bigram"}
+    tasks = {name.split("/")[1] for name in result.metrics}
+    assert tasks == {"validation", "unigram", "bigram", "context", "generation"}
     assert all(math.isfinite(value) for value in result.metrics.values())
     assert len(result.samples) == text_config.evaluation.num_generations
 

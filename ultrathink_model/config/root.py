@@ -5,13 +5,13 @@ from pydantic import Field, model_validator
 from ultrathink_model.config.cleaning import CleaningConfig
 from ultrathink_model.config.constitutional import ConstitutionalConfig
 from ultrathink_model.config.data import DataConfig
+from ultrathink_model.config.evaluation import EvaluationConfig
 from ultrathink_model.config.model import AdvancedConfig, DREConfig, ModelConfig, MoEConfig
 from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.config.rlhf import RLHFConfig
 from ultrathink_model.config.section import Section
 from ultrathink_model.config.training import (
     DistributedConfig,
-    EvaluationConfig,
     LoggingConfig,
     OutputConfig,
     TrainingConfig,

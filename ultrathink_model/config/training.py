@@ -2,9 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from ultrathink_model.config.gates import split_bound
 from ultrathink_model.config.section import Section
 
 
@@ -153,39 +152,6 @@ class DistributedConfig(Section):
         gt=0,
         description="Seconds within a step after which a rank that does not move ends the run, with its number and its stack; at least ten times the slowest part of a step so far. Null leaves it to `timeout_seconds`.",
     )
-
-
-class EvaluationConfig(Section):
-    """What is measured, how often, and on how much held-out text."""
-
-    eval_frequency: int = Field(1, ge=1, description="Epochs between validations; each also saves a checkpoint.")
-    eval_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between validations; null leaves it to epochs."
-    )
-    eval_samples: int | None = Field(
-        None, ge=1, description="Validation sequences used while training; null uses all. The last evaluation uses all."
-    )
-    batch_size: int = Field(16, ge=1, description="Sequences per device and evaluation step.")
-    num_generations: int = Field(4, ge=0, description="Sample texts generated from held-out prompts.")
-    sample_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Optimizer steps between sample texts while training, in `samples.jsonl`; null writes none on the way.",
-    )
-    generation_tokens: int = Field(64, ge=1, description="Most tokens in one sample text.")
-    temperature: float = Field(0.8, ge=0, description="Sampling temperature of the sample texts; 0 is greedy.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Probability mass that the sample texts are drawn from.")
-    gates: dict[str, str] = Field(
-        {},
-        description="Bounds on metrics of the last evaluation or of the run, as in `{eval/safety/caught: '>= 0.9'}`; a model that does not keep them ends the run with exit code 3.",
-    )
-
-    @field_validator("gates")
-    @classmethod
-    def _gates_are_bounds(cls, gates: dict[str, str]) -> dict[str, str]:
-        for bound in gates.values():
-            split_bound(bound)
-        return gates
 
 
 class LoggingConfig(Section):

@@ -51,12 +51,37 @@ class ReadPiece(BaseModel):
     passes: float
 
 
+class ReliabilityBin(BaseModel):
+    """Tokens that the model was about equally sure of: its mean confidence, and how often it was right."""
+
+    model_config = ConfigDict(frozen=True)
+
+    confidence: float
+    accuracy: float
+    tokens: int
+
+
+class ContextLoss(BaseModel):
+    """Mean loss of the held-out tokens that have from `first` to `last` tokens of context, with its standard error."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    first: int
+    last: int
+    loss: float
+    stderr: float
+    tokens: int
+
+
 class EvaluationResult(SavedRecord):
     """The content of `evaluation.json`.
 
     Attributes:
-        metrics: Values by name, `eval/<task>/<metric>`: losses in nats per token, bits per byte of held-out text.
+        metrics: Values by name, `eval/<task>/<metric>`: losses in nats per token, bits per byte of held-out text. The
+            standard error of one, where it has one, stands under its name with `_stderr` after it.
         samples: Texts generated from held-out prompts.
+        reliability: Confidence and accuracy of the likeliest token, the least confident first.
+        context: Loss by the tokens of context, the shortest first.
         reading: A held-out text and how deep each of its tokens went; empty without the reasoning engine.
         data_fingerprint: The prepared data that was evaluated on.
         validation_tokens: Tokens that were predicted.
@@ -65,6 +90,8 @@ class EvaluationResult(SavedRecord):
 
     metrics: dict[str, float]
     samples: list[Sample] = []
+    reliability: list[ReliabilityBin] = []
+    context: list[ContextLoss] = []
     reading: list[ReadPiece] = []
     data_fingerprint: str
     validation_tokens: int

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultrathink_model.config.training import EvaluationConfig
+from ultrathink_model.config.evaluation import EvaluationConfig
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.data.tokenizer import Tokenizer

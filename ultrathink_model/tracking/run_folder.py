@@ -38,15 +38,16 @@ RUN_FILES = (
 )
 
 # These decide how a run is watched or carried out, not what it computes.
-NOT_PART_OF_IDENTITY = ("logging", "distributed")
+NOT_PART_OF_IDENTITY = ("logging", "distributed", "promotion")
 NOT_PART_OF_DATA = ("allow_changed", "executor", "executor_workers", "slurm_partition", "slurm_time")
 
 
 class RunIdentity(BaseModel):
     """What makes two starts the same run: its name, its first weights, its config and its prepared data.
 
-    The config counts without `logging`, `distributed`, `training.resume` and `evaluation.gates`, so that a run can go
-    on with another log level, on another number of ranks, from a checkpoint named by path, or under another gate.
+    The config counts without `logging`, `distributed`, `promotion`, `training.resume` and what only a finished model is
+    evaluated with, so that a run can go on with another log level, on another number of ranks, from a checkpoint named
+    by path, or under another gate.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,7 +61,8 @@ class RunIdentity(BaseModel):
     def of(cls, config: Config, run_name: str, init_from: Path | None = None) -> "RunIdentity":
         """The identity of a run of `config` that starts from the model folder `init_from`, or from a seed."""
         values = config.model_dump(mode="json", exclude={*NOT_PART_OF_IDENTITY, "output"})
-        del values["training"]["resume"], values["evaluation"]["gates"]
+        del values["training"]["resume"]
+        values["evaluation"] = config.evaluation.while_training().model_dump(mode="json")
         values["data"] = {key: value for key, value in values["data"].items() if key not in NOT_PART_OF_DATA}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         return cls(run_name=run_name, init_from=str(init_from.resolve()) if init_from else None, config_hash=digest)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from ultrathink_model.config import Config
 from ultrathink_model.data import Batch, DataManifest, ValidationLoader
+from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.distributed.context import RankContext, all_reduce_sum
+from ultrathink_model.evaluation.measures import training_metrics
 from ultrathink_model.evaluation.perplexity import validation_loss
 from ultrathink_model.training.callbacks.callback import Callback
 
@@ -19,7 +21,9 @@ class EvaluationCallback(Callback):
     """Measures `val/loss` every `evaluation.eval_steps` steps, every `eval_frequency` epochs and at the end.
 
     On the way it takes `evaluation.eval_samples` sequences; at the end, all of them. A run that starts from a trained
-    model is measured before its first step too, in full: it should begin where that model ended.
+    model is measured before its first step too, in full: it should begin where that model ended. The measures that
+    `evaluation.training_measures` names are taken beside it, as `eval/*`; every rank takes them on the same text, since a
+    sharded model needs all of them.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class EvaluationCallback(Callback):
         self._config, self._manifest, self._context = config, manifest, context
         self._metrics = metrics
         self._at_start = at_start
+        self._tokenizer = Tokenizer.load(manifest.tokenizer_folder) if config.evaluation.training_measures else None
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Measures the model that the run starts from, or what a signal kept the start before from measuring."""
@@ -77,8 +82,17 @@ class EvaluationCallback(Callback):
             trainer.strategy.model.eval()
             result = validation_loss(trainer.forward, _until_signal(loader, trainer), context.device, all_reduce_sum)
             trainer.strategy.model.train()
-        if not trainer.is_signalled():
-            self._metrics["val/loss"] = result.loss
+        if trainer.is_signalled():
+            return
+        self._metrics["val/loss"] = result.loss
+        if self._tokenizer is not None:
+            # A pause of its own: the watch over the ranks has not been told of these forward passes.
+            with trainer.pause(), trainer.averaged_weights():
+                trainer.model.eval()
+                self._metrics |= training_metrics(
+                    trainer.model, self._tokenizer, self._manifest, self._config, max_sequences
+                )
+                trainer.model.train()
 
 
 def _until_signal(loader: ValidationLoader, trainer: Trainer) -> Iterator[Batch]:
