@@ -174,6 +174,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _cleaning_sees_text_alone(self) -> "Config":
+        if self.advanced.enable_multimodal and self.cleaning.enabled:
+            raise ValueError(
+                "the section `cleaning` judges and compares texts without their images and sounds, and cannot be used with "
+                "advanced.enable_multimodal=true; clean the texts first, or switch its parts off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiled_steps_are_in_order(self) -> "Config":
         steps = self.logging.profile_steps
         if steps is not None and not 1 <= steps[0] <= steps[1]:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,16 @@ from ultrathink_model import __version__
 from ultrathink_model.config import Config
 from ultrathink_model.data.card import Notes, write_card
 from ultrathink_model.data.intake import SPLITS, Intake
-from ultrathink_model.data.manifest import FORMAT_VERSION, CleaningPart, DataManifest, add_up, save_manifest
+from ultrathink_model.data.manifest import (
+    FORMAT_VERSION,
+    CleaningPart,
+    DataManifest,
+    MediaInfo,
+    add_up,
+    media_settings,
+    save_manifest,
+)
+from ultrathink_model.data.media_store import FOLDER, MediaWriter
 from ultrathink_model.data.sources import Ingredient
 from ultrathink_model.data.tokenize import write_source
 from ultrathink_model.data.tokenizer import Tokenizer, check_fits
@@ -77,19 +87,36 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
         from ultrathink_model.data.cleaning.clean import clean  # noqa: PLC0415
 
         ingredients, parts, extracted = clean(config, ingredients, part)
-    tokenizer = _settle_tokenizer(config, ingredients, part)
+    with MediaWriter(part / FOLDER, config.multimodal) if config.advanced.enable_multimodal else nullcontext() as media:
+        manifest, notes = _write_sources(config, ingredients, fingerprint, part, media)
+    if parts:
+        # Bad rows were left out before cleaning.
+        taken = [{"rows": source.rows, "quarantined": source.quarantined} for source in extracted]
+        sources = [info.model_copy(update=update) for info, update in zip(manifest.sources, taken, strict=True)]
+        quarantined = sum(info.quarantined for info in sources)
+        manifest = manifest.model_copy(update={"sources": sources, "quarantined": quarantined, "cleaning": parts})
+    _collect_quarantine(manifest, part)
+    write_card(manifest, notes, part)
+    save_manifest(manifest, part)
+    shutil.rmtree(part / "cleaning", ignore_errors=True)
+    size = sum(split.bytes for split in manifest.splits.values()) / 1e6
+    seconds = time.monotonic() - started
+    logger.info("prepared %.1f MB of text in %.1f s (%.1f MB/s)", size, seconds, size / seconds)
+
+
+def _write_sources(
+    config: Config, ingredients: list[Ingredient], fingerprint: str, part: Path, media: MediaWriter | None
+) -> tuple[DataManifest, list[Notes]]:
+    """Writes the tokenizer, the shards and the media store, and says what they are."""
+    tokenizer = _settle_tokenizer(config, ingredients, part, media)
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     infos, notes = [], []
     for number, ingredient in enumerate(ingredients):
         quarantine = part / f"quarantine_{number:02d}.jsonl"
         quarantine.unlink(missing_ok=True)
-        intake, note = Intake(ingredient.source, config.data, quarantine), Notes()
+        intake, note = Intake(ingredient.source, config.data, quarantine, media), Notes()
         infos.append(write_source(config, ingredient, tokenizer, part, f"{number:02d}", dtype, intake, note))
         notes.append(note)
-    if parts:
-        # Bad rows were left out before cleaning.
-        taken = [{"rows": source.rows, "quarantined": source.quarantined} for source in extracted]
-        infos = [info.model_copy(update=update) for info, update in zip(infos, taken, strict=True)]
     manifest = DataManifest(
         path=part,
         fingerprint=fingerprint,
@@ -103,22 +130,28 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
         splits={split: add_up(info.splits[split] for info in infos) for split in SPLITS},
         sources=infos,
         quarantined=sum(info.quarantined for info in infos),
-        cleaning=parts,
+        cleaning=[],
+        media=None if media is None else _describe_media(media, config, tokenizer),
     )
-    _collect_quarantine(manifest, part)
-    write_card(manifest, notes, part)
-    save_manifest(manifest, part)
-    shutil.rmtree(part / "cleaning", ignore_errors=True)
-    size = sum(split.bytes for split in manifest.splits.values()) / 1e6
-    seconds = time.monotonic() - started
-    logger.info("prepared %.1f MB of text in %.1f s (%.1f MB/s)", size, seconds, size / seconds)
+    return manifest, notes
 
 
-def _settle_tokenizer(config: Config, ingredients: list[Ingredient], part: Path) -> Tokenizer:
+def _describe_media(media: MediaWriter, config: Config, tokenizer: Tokenizer) -> MediaInfo:
+    """What the media store holds, and how it was made."""
+    images, sounds = media.counts
+    logger.info("the media store holds %d images and %d sounds", images, sounds)
+    return MediaInfo(**media_settings(config.multimodal), token_ids=tokenizer.media_ids, images=images, sounds=sounds)
+
+
+def _settle_tokenizer(
+    config: Config, ingredients: list[Ingredient], part: Path, media: MediaWriter | None
+) -> Tokenizer:
     """The tokenizer in `part/tokenizer`, which a killed preparation may have put there."""
     folder = part / TOKENIZER_FOLDER
     if not folder.is_dir():
-        tokenizer = choose_tokenizer(config, [Intake(ingredient.source, config.data) for ingredient in ingredients])
+        tokenizer = choose_tokenizer(
+            config, [Intake(ingredient.source, config.data, media=media) for ingredient in ingredients]
+        )
         check_fits(tokenizer.vocab_size, config.model.vocab_size, config.data.tokenizer_name)
         unfinished = part / f".{TOKENIZER_FOLDER}"
         tokenizer.save(unfinished)

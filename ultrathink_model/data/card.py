@@ -14,11 +14,14 @@ import numpy as np
 
 from ultrathink_model.data.document import Document, Split, make_excerpt
 from ultrathink_model.data.manifest import DataManifest
+from ultrathink_model.data.media_store import FOLDER, MediaStore
 from ultrathink_model.data.shards import read_ends
+from ultrathink_model.media.image import as_data_address
 
 CARD_NAME = "dataset_card.md"
 PAGE_NAME = "dataset_card.html"
 SAMPLES = 20
+THUMBNAIL_SIDE = 64
 
 
 @dataclass(frozen=True, order=True)
@@ -31,6 +34,8 @@ class Sample:
     split: Split
     characters: int
     excerpt: str
+    images: tuple[int, ...] = ()
+    """Numbers in the media store."""
 
 
 class Notes:
@@ -43,11 +48,13 @@ class Notes:
     def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The same documents, each noted."""
         for number, document in enumerate(documents):
-            value = int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "big")
+            content = document.text + "".join(f"\0{medium.kind}{medium.number}" for medium in document.media)
+            value = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
             self._hashes.append(value)
             if len(self._samples) < SAMPLES or -value > self._samples[0][0]:
                 excerpt = make_excerpt(document.text)
-                sample = Sample(value, document.file, document.row, document.split, len(document.text), excerpt)
+                images = tuple(medium.number for medium in document.media if medium.kind == "image")
+                sample = Sample(value, document.file, document.row, document.split, len(document.text), excerpt, images)
                 push = heapq.heappush if len(self._samples) < SAMPLES else heapq.heapreplace
                 push(self._samples, (-value, -number, sample))
             yield document
@@ -65,9 +72,19 @@ class Notes:
 def write_card(manifest: DataManifest, notes: list[Notes], folder: Path) -> None:
     """Writes the card as Markdown and as a page of HTML without scripts."""
     samples = sorted(sample for note in notes for sample in note.samples)[:SAMPLES]
-    values = {"data": manifest, "samples": samples, "histogram": length_histogram(manifest, folder)}
+    pictures = [_thumbnails(manifest, folder, sample) for sample in samples]
+    shown = list(zip(samples, pictures, strict=True))
+    values = {"data": manifest, "samples": shown, "histogram": length_histogram(manifest, folder)}
     for name in (CARD_NAME, PAGE_NAME):
         (folder / name).write_text(_render(name, values), encoding="utf-8")
+
+
+def _thumbnails(manifest: DataManifest, folder: Path, sample: Sample) -> list[str]:
+    """The sample's images, small, as addresses that hold them."""
+    if manifest.media is None or not sample.images:
+        return []
+    store = MediaStore(folder / FOLDER, manifest.media)
+    return [as_data_address(store.image(number), THUMBNAIL_SIDE) for number in sample.images]
 
 
 def length_histogram(manifest: DataManifest, folder: Path) -> list[tuple[int, int, int]]:

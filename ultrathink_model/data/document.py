@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from ultrathink_model.media.placeholders import Kind
+
 Split = Literal["train", "validation"]
 
 EXCERPT_LENGTH = 200
@@ -10,21 +12,36 @@ EXCERPT_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it was read: where it stood, and whatever its text column held."""
+    """One row as it was read: where it stood, and whatever its columns held."""
 
     file: str
     number: int
     text: object
+    images: object = None
+    audio: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """An image or a sound of a document: its number in the media store, and the tokens that it takes."""
+
+    kind: Kind
+    number: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A row that keeps the schema, or a part of one, with the split that it belongs to."""
+    """A row that keeps the schema, or a part of one, with the split that it belongs to.
+
+    `media` are in the order of their placeholders in `text`.
+    """
 
     split: Split
     text: str
     file: str
     row: int
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

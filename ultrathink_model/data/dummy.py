@@ -31,6 +31,7 @@ class DummySource:
     licence = "CC0-1.0 (generated)"
     streaming = False
     has_validation = False
+    folder = None
 
     def identity(self) -> dict[str, object]:
         """What the fingerprint covers: all constants of the chain."""

@@ -3,8 +3,9 @@
 import codecs
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from ultrathink_model.data.compression import COMPRESSIONS, open_bytes
 from ultrathink_model.data.document import BadRow, Row, make_excerpt
 from ultrathink_model.data.json_lines import MAX_ROW_BYTES, read_json_lines
+from ultrathink_model.data.media_values import COLUMNS
 from ultrathink_model.errors import DataError
 
 BLOCK_BYTES = 2**20
@@ -21,10 +23,11 @@ DOCUMENT_CHARACTERS = 2**22
 PARQUET_BATCH_ROWS = 256
 WIDE_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
-Reader = Callable[[Path, str, str], Iterator[Row | BadRow]]
+Reader = Callable[[Path, str, str, bool], Iterator[Row | BadRow]]
+"""Path, name in messages, column of the text, whether to read the columns of images and sounds too."""
 
 
-def read_text(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
+def read_text(path: Path, name: str, text_column: str, media: bool = False) -> Iterator[Row | BadRow]:
     """A text file as one document, or as several where it passes `DOCUMENT_CHARACTERS`.
 
     Bytes are kept as they are, line ends too; only a byte order mark at the beginning is taken off. A file with a byte
@@ -83,7 +86,7 @@ def _explain_encoding(error: UnicodeDecodeError, path: Path) -> str:
     )
 
 
-def read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
+def read_jsonl(path: Path, name: str, text_column: str, media: bool = False) -> Iterator[Row | BadRow]:
     """One document for each line, from its `text_column`."""
     for item in read_json_lines(path, name):
         if isinstance(item, BadRow):
@@ -91,12 +94,12 @@ def read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow
             continue
         number, values = item
         if text_column in values:
-            yield Row(name, number, values[text_column])
+            yield Row(name, number, values[text_column], **_media_of(values, media))
         else:
             yield BadRow(name, number, f"row has the column {text_column!r}", make_excerpt(values))
 
 
-def read_csv(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
+def read_csv(path: Path, name: str, text_column: str, media: bool = False) -> Iterator[Row | BadRow]:
     """One document for each record after the header, from its `text_column`; fields may hold quoted line ends.
 
     Raises:
@@ -144,7 +147,7 @@ def _csv_record(name: str, number: int, header: list[str], record: list[str]) ->
     return dict(zip(header, record, strict=True))
 
 
-def read_parquet(path: Path, name: str, text_column: str) -> Iterator[Row | BadRow]:
+def read_parquet(path: Path, name: str, text_column: str, media: bool = False) -> Iterator[Row | BadRow]:
     """One document for each row, from its `text_column`, a batch of rows in memory at a time.
 
     Raises:
@@ -158,10 +161,12 @@ def read_parquet(path: Path, name: str, text_column: str) -> Iterator[Row | BadR
                     f"{path} has no column {text_column!r} but {', '.join(columns)}; set data.text_column to one of them."
                 )
             number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_column]):
-                for value in batch.column(0):
+            wanted = [text_column, *(column for column in COLUMNS.values() if media and column in columns)]
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=wanted):
+                for row in range(batch.num_rows):
                     number += 1
-                    yield _parquet_row(value, name, number)
+                    values = {column: batch.column(column)[row].as_py() for column in wanted[1:]}
+                    yield _parquet_row(batch.column(text_column)[row], name, number, values)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet ({' '.join(str(error).split())}); copy or write the file again."
@@ -176,9 +181,13 @@ def _seekable(path: Path) -> Path | pa.BufferReader:
         return pa.BufferReader(file.read())
 
 
-def _parquet_row(value: pa.Scalar, name: str, number: int) -> Row | BadRow:
+def _media_of(values: Mapping[str, object], media: bool) -> dict[str, Any]:
+    return {column: values.get(column) for column in COLUMNS.values()} if media else {}
+
+
+def _parquet_row(value: pa.Scalar, name: str, number: int, media: dict[str, Any]) -> Row | BadRow:
     try:
-        return Row(name, number, value.as_py())
+        return Row(name, number, value.as_py(), **media)
     except UnicodeDecodeError:
         return BadRow(
             name, number, "row is UTF-8", make_excerpt(value.as_buffer().to_pybytes().decode("utf-8", "replace"))

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
@@ -13,6 +14,7 @@ from ultrathink_model.data.articles import join_articles
 from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.known import KnownDataset
 from ultrathink_model.data.manifest import Split
+from ultrathink_model.data.media_values import COLUMNS
 from ultrathink_model.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -30,11 +32,15 @@ class HubSource:
         name: The source's name in messages.
         known: Hub id, subset, text column and licence.
         streaming: Read rows as they are downloaded, and keep no copy.
+        media: Whether the images and sounds that rows hold count.
     """
 
-    def __init__(self, name: str, known: KnownDataset, streaming: bool) -> None:
+    # Images and sounds come as bytes.
+    folder = None
+
+    def __init__(self, name: str, known: KnownDataset, streaming: bool, media: bool = False) -> None:
         self.name, self.licence = name, known.licence
-        self.streaming = streaming
+        self.streaming, self._media = streaming, media
         self._known = known
 
     @property
@@ -56,7 +62,7 @@ class HubSource:
 
     def rows(self, split: Split) -> Iterator[Row | BadRow]:
         """The rows of a split; lines are joined to articles where the dataset's rows are lines."""
-        rows = self._read(self._splits[split], f"{self._known.hub_id}:{split}")
+        rows = self._read(_undecoded(self._splits[split], self._media), f"{self._known.hub_id}:{split}")
         heading = self._known.article_heading
         return rows if heading is None else join_articles(rows, heading)
 
@@ -68,7 +74,12 @@ class HubSource:
                     raise DataError(
                         f"{file} has no column {column!r} but {', '.join(row)}; set data.text_column to one of them."
                     )
-                yield Row(file, number, row[column])
+                yield Row(
+                    file,
+                    number,
+                    row[column],
+                    **({name: row.get(name) for name in COLUMNS.values()} if self._media else {}),
+                )
         except (HTTPError, OSError) as error:
             raise DataError(f"{file}: the hub was lost while it was read ({error}); start again.") from None
 
@@ -107,6 +118,21 @@ class HubSource:
             "local copy (data.dataset=PATH of text, JSONL, CSV or Parquet; data.mirror_dir for a folder of copies by name), or "
             "start again with a network. The built-in data.dataset=sotu needs neither."
         )
+
+
+def _undecoded(rows: Any, media: bool) -> Any:
+    """The same rows with images and sounds as the bytes that the hub has: we decode them ourselves, within bounds."""
+    if not media or rows.features is None:
+        return rows
+    from datasets import Audio, Image, List  # noqa: PLC0415 - after the rows, it is imported already
+
+    for column, kind in ((column, kind) for column in COLUMNS.values() for kind in (Image, Audio)):
+        feature = rows.features.get(column)
+        if isinstance(feature, kind):
+            rows = rows.cast_column(column, kind(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, kind):
+            rows = rows.cast_column(column, List(kind(decode=False)))
+    return rows
 
 
 def _reach(hub_id: str) -> str | None:

@@ -7,13 +7,19 @@ from itertools import islice
 from pathlib import Path
 
 from ultrathink_model.config.data import DataConfig
-from ultrathink_model.data.document import BadRow, Document, Row, Split
+from ultrathink_model.data.document import BadRow, Document, Medium, Row, Split, make_excerpt
+from ultrathink_model.data.media_store import MediaWriter
+from ultrathink_model.data.media_values import COLUMNS, find_medium, media_values
 from ultrathink_model.data.schema import check_rows
 from ultrathink_model.data.sources import Source
-from ultrathink_model.errors import DataError
+from ultrathink_model.errors import DataError, MediaError
+from ultrathink_model.media.placeholders import PLACEHOLDERS, cut_at_placeholders
 
 NAMED_RULES = 3
 SPLITS: tuple[Split, ...] = ("train", "validation")
+
+Found = tuple[Row, tuple[Medium, ...]]
+"""A row that keeps the rules, and its media in the order of their placeholders."""
 
 
 class Intake:
@@ -23,10 +29,18 @@ class Intake:
         source: Where the rows come from.
         data: `validation_every` and `max_quarantine_fraction`.
         quarantine_file: Where refused rows are added, a JSON line each; None only counts them.
+        media: Where the images and sounds that rows name are put; None reads text alone.
     """
 
-    def __init__(self, source: Source, data: DataConfig, quarantine_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        quarantine_file: Path | None = None,
+        media: MediaWriter | None = None,
+    ) -> None:
         self._source, self._data, self._quarantine_file = source, data, quarantine_file
+        self.media = media
         self.name, self.streaming = source.name, source.streaming
         self.rows = 0
         self.train_full = False
@@ -64,20 +78,36 @@ class Intake:
     def _split_documents(self) -> Iterator[Document]:
         if self._source.has_validation:
             for split in SPLITS:
-                for row in self._rows(split):
-                    yield Document(split, str(row.text), row.file, row.number)
+                for found in self._rows(split):
+                    yield _document(split, found)
         else:
             yield from hold_out(self._rows("train"), self._data.validation_every)
 
-    def _rows(self, split: Split) -> Iterator[Row]:
-        for item in check_rows(self._source.rows(split)):
+    def _rows(self, split: Split) -> Iterator[Found]:
+        for item in check_rows(self._source.rows(split), media=self.media is not None):
             if split == "train" and self.train_full:
                 return
             self.rows += 1
-            if isinstance(item, BadRow):
-                self._quarantine(item)
+            found = item if isinstance(item, BadRow) else self._with_media(item)
+            if isinstance(found, BadRow):
+                self._quarantine(found)
             else:
-                yield item
+                yield found
+
+    def _with_media(self, row: Row) -> Found | BadRow:
+        """The row with its media stored, or the rule that one of them breaks."""
+        if self.media is None:
+            return row, ()
+        values = {kind: iter(media_values(getattr(row, COLUMNS[kind])) or ()) for kind in PLACEHOLDERS}
+        media = []
+        try:
+            for kind in cut_at_placeholders(str(row.text))[1]:
+                value = next(values[kind])
+                source = value if isinstance(value, bytes) else find_medium(value, self._source.folder, row.file)
+                media.append(self.media.add(kind, source))
+        except MediaError as error:
+            return BadRow(row.file, row.number, error.rule, make_excerpt(error.found))
+        return row, tuple(media)
 
     def _quarantine(self, row: BadRow) -> None:
         self._rules[row.rule] += 1
@@ -105,19 +135,19 @@ class Intake:
         )
 
 
-def hold_out(rows: Iterator[Row], every: int) -> Iterator[Document]:
+def hold_out(rows: Iterator[Found], every: int) -> Iterator[Document]:
     """Holds out every n-th document: of fewer than n the last one, and of a lone document its last n-th part.
 
     By index and not at random: a source of n documents or more keeps its split as it grows, and any tool can repeat it.
     """
     first = list(islice(rows, every))
-    if len(first) == 1:
-        yield from _cut_in_two(first[0], every)
+    if len(first) == 1 and not first[0][1]:
+        yield from _cut_in_two(first[0][0], every)
         return
-    for number, row in enumerate(first, start=1):
-        yield _document("validation" if number == len(first) else "train", row)
-    for number, row in enumerate(rows, start=1):
-        yield _document("train" if number % every else "validation", row)
+    for number, found in enumerate(first, start=1):
+        yield _document("validation" if number == len(first) else "train", found)
+    for number, found in enumerate(rows, start=1):
+        yield _document("train" if number % every else "validation", found)
 
 
 def _cut_in_two(row: Row, every: int) -> Iterator[Document]:
@@ -134,5 +164,6 @@ def _cut_in_two(row: Row, every: int) -> Iterator[Document]:
         yield Document("validation", text[place:], row.file, row.number)
 
 
-def _document(split: Split, row: Row) -> Document:
-    return Document(split, str(row.text), row.file, row.number)
+def _document(split: Split, found: Found) -> Document:
+    row, media = found
+    return Document(split, str(row.text), row.file, row.number, media)

@@ -14,11 +14,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ultrathink_model.config import Config
 from ultrathink_model.config.model import MoEConfig
 from ultrathink_model.data.batch import NO_GROUP, Batch, make_batch
-from ultrathink_model.data.manifest import DataManifest, SourceInfo, Split
+from ultrathink_model.data.manifest import DataManifest, SourceInfo, Split, media_settings
+from ultrathink_model.data.media_batch import make_media_batch
+from ultrathink_model.data.media_index import MediaIndex, Run
+from ultrathink_model.data.media_store import FOLDER, MediaStore
 from ultrathink_model.data.mixture import SampleOrder
 from ultrathink_model.data.pack import BestFitRows, Row, StreamRows, padding_row, read_row
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.errors import ConfigError
+from ultrathink_model.media.batch import MediaBatch
 
 logger = logging.getLogger(__name__)
 
@@ -63,27 +67,40 @@ class SplitReader:
     def batch(self, places: list[tuple[int, int]]) -> Batch:
         """The rows at (source, sequence); a source of -1 stands for a row that predicts nothing."""
         rows = [self._row(source, sequence) for source, sequence in places]
-        return make_batch(rows, [self._groups[source] if source >= 0 else NO_GROUP for source, _ in places])
+        groups = [self._groups[source] if source >= 0 else NO_GROUP for source, _ in places]
+        return make_batch(rows, groups, self._media([row.media for row in rows]))
+
+    def _media(self, runs: list[list[Run]]) -> MediaBatch | None:
+        if self._store is None:
+            return None
+        info = self._manifest.media
+        assert info is not None, "there is a store"
+        return make_media_batch(runs, self._manifest.sequence_length, self._store, info)
 
     def _row(self, source: int, sequence: int) -> Row:
         manifest = self._manifest
         if source < 0:
             return padding_row(manifest.sequence_length, manifest.pad_id)
-        stream, rows = self._streams[source]
-        return read_row(stream, rows[sequence], manifest.sequence_length, manifest.eos_id, manifest.pad_id)
+        stream, rows, index = self._streams[source]
+        return read_row(stream, rows[sequence], manifest.sequence_length, manifest.eos_id, manifest.pad_id, index)
 
     @functools.cached_property
-    def _streams(self) -> list[tuple[TokenStream, StreamRows | BestFitRows]]:
+    def _store(self) -> MediaStore | None:
+        manifest = self._manifest
+        return None if manifest.media is None else MediaStore(manifest.path / FOLDER, manifest.media)
+
+    @functools.cached_property
+    def _streams(self) -> list[tuple[TokenStream, StreamRows | BestFitRows, MediaIndex | None]]:
         # Opened at the first row: each loader process then maps the files for itself.
         manifest = self._manifest
-        opened: list[tuple[TokenStream, StreamRows | BestFitRows]] = []
+        opened: list[tuple[TokenStream, StreamRows | BestFitRows, MediaIndex | None]] = []
         for source in manifest.sources:
             shards = source.shards[self._split]
+            folder = (manifest.path / shards[0].tokens_file).parent
             stream = TokenStream(manifest.path, shards, manifest.token_dtype)
-            if manifest.packing == "stream":
-                opened.append((stream, StreamRows(len(stream), manifest.sequence_length)))
-            else:
-                opened.append((stream, BestFitRows((manifest.path / shards[0].tokens_file).parent)))
+            by_stream = manifest.packing == "stream"
+            rows = StreamRows(len(stream), manifest.sequence_length) if by_stream else BestFitRows(folder)
+            opened.append((stream, rows, MediaIndex(folder) if manifest.media else None))
         return opened
 
 
@@ -107,13 +124,13 @@ class TrainLoader:
         first_step: Step to begin with, counted from 0.
 
     Raises:
-        ConfigError: The global batch does not divide; the manifest was prepared for another sequence length.
+        ConfigError: The global batch does not divide; the manifest was prepared for another sequence length or other media.
     """
 
     def __init__(
         self, manifest: DataManifest, config: Config, *, rank: int = 0, world_size: int = 1, first_step: int = 0
     ) -> None:
-        _check_sequence_length(manifest, config)
+        _check_prepared_for(manifest, config)
         self._first_step = first_step
         self._workers = config.data.num_workers
         self._steps = _Steps(manifest, config, rank, world_size)
@@ -211,7 +228,7 @@ class ValidationLoader:
         world_size: int = 1,
         max_sequences: int | None = None,
     ) -> None:
-        _check_sequence_length(manifest, config)
+        _check_prepared_for(manifest, config)
         self._reader = SplitReader(manifest, "validation")
         self._rank, self._world_size = rank, world_size
         self._batch_size = config.evaluation.batch_size
@@ -236,9 +253,21 @@ class ValidationLoader:
         return list(zip(source.tolist(), (rows - starts[source]).tolist(), strict=True)) or [(-1, 0)]
 
 
-def _check_sequence_length(manifest: DataManifest, config: Config) -> None:
+def _check_prepared_for(manifest: DataManifest, config: Config) -> None:
     if manifest.sequence_length != config.model.max_seq_length:
         raise ConfigError(
             f"model.max_seq_length={config.model.max_seq_length}, but the data in {manifest.path} was prepared for "
             f"{manifest.sequence_length}; prepare it again with this config."
         )
+    if config.advanced.enable_multimodal != (manifest.media is not None):
+        raise ConfigError(
+            f"advanced.enable_multimodal={config.advanced.enable_multimodal}, but the data in {manifest.path} was "
+            f"prepared {'with' if manifest.media else 'without'} it; prepare it again with this config."
+        )
+    if manifest.media is not None:
+        for key, value in media_settings(config.multimodal).items():
+            if getattr(manifest.media, key) != value:
+                raise ConfigError(
+                    f"multimodal.{key}={value}, but the data in {manifest.path} was prepared with "
+                    f"{getattr(manifest.media, key)}; prepare it again with this config."
+                )

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -15,7 +16,8 @@ from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.file_formats import READERS
 from ultrathink_model.data.file_hashes import FileHashes
 from ultrathink_model.data.manifest import Split
-from ultrathink_model.errors import DataError
+from ultrathink_model.data.media_values import COLUMNS, find_medium, media_values
+from ultrathink_model.errors import DataError, MediaError
 
 WITHIN_FOLDER = "file lies within the folder"
 
@@ -53,6 +55,7 @@ class LocalSource:
         text_column: Column of the text in JSON Lines, CSV and Parquet.
         article_heading: As in `KnownDataset`: the line that opens an article, where rows or files are lines.
         hashes: Where file hashes are remembered.
+        media: Whether the images and sounds that rows name count.
     """
 
     licence = "not stated (local files)"
@@ -65,8 +68,12 @@ class LocalSource:
         text_column: str,
         hashes: FileHashes,
         article_heading: str | None = None,
+        media: bool = False,
     ) -> None:
         self.name = name
+        # A file's name is its path within the folder.
+        self.folder = files[0].path.parents[files[0].name.count("/")]
+        self._media = media
         self._text_column, self._hashes, self._article_heading = text_column, hashes, article_heading
         named: dict[str, list[LocalFile]] = {}
         for file in files:
@@ -82,6 +89,7 @@ class LocalSource:
     def identity(self) -> dict[str, object]:
         """What the fingerprint covers: each split's file names and contents, and the text's column."""
         listing = {split: [(file.name, self._hash(file)) for file in files] for split, files in self._files.items()}
+        media = self._media_identity()
         self._hashes.save()
         digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
         count = sum(len(files) for files in self._files.values())
@@ -91,7 +99,27 @@ class LocalSource:
             "sha256": digest,
             "text_column": self._text_column,
             "article_heading": self._article_heading,
-        }
+        } | media
+
+    def _media_identity(self) -> dict[str, object]:
+        """What stands for the files that rows name: they may be others while the rows are the same."""
+        if not self._media:
+            return {}
+        digest, count = hashlib.sha256(), 0
+        for row in itertools.chain.from_iterable(map(self.rows, self._files)):
+            columns = () if isinstance(row, BadRow) else (getattr(row, column) for column in COLUMNS.values())
+            for value in (part for column in columns for part in media_values(column) or () if isinstance(part, str)):
+                count += 1
+                digest.update(f"{value}\0{self._hash_medium(value, row.file)}\n".encode())
+        return {"media_files": count, "media_sha256": digest.hexdigest()}
+
+    def _hash_medium(self, value: str, file: str) -> str:
+        try:
+            path = find_medium(value, self.folder, file)
+            return self._hashes.hash(path) if path.is_file() else "missing"
+        except (MediaError, OSError, ValueError):
+            # Its row will be quarantined with the reason.
+            return "unusable"
 
     def rows(self, split: Split) -> Iterator[Row | BadRow]:
         """The rows of the split's files, file by file."""
@@ -99,7 +127,7 @@ class LocalSource:
             if file.leaves_folder:
                 yield BadRow(file.name, 0, WITHIN_FOLDER, f"link to {file.path.resolve()}")
                 continue
-            rows = READERS[format_suffix(file.path)](file.path, file.name, self._text_column)
+            rows = READERS[format_suffix(file.path)](file.path, file.name, self._text_column, self._media)
             yield from rows if self._article_heading is None else join_articles(rows, self._article_heading)
 
     def _hash(self, file: LocalFile) -> str:

@@ -4,13 +4,15 @@ import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from ultrathink_model.config.data import ExpertGroup, Packing
+from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.data.document import Split
 from ultrathink_model.errors import DataError
+from ultrathink_model.media.placeholders import Kind
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[2] = 2
@@ -22,7 +24,8 @@ class SplitInfo(BaseModel):
     `tokens` counts the tokens that a pass over the split predicts, each once: every token of every document and the
     end-of-text token after it. `bytes` counts the UTF-8 bytes of the documents' text, without any mark between them.
     The loss of a whole pass in nats, divided by `bytes` and ln 2, is therefore bits per byte. `padding` counts the places
-    of its sequences that hold no token.
+    of its sequences that hold no token. `images` and `sounds` count every use of one, and `media_tokens` the places that
+    these take: tokens that are seen and not predicted, so that `tokens` leaves them out, and `bytes` their placeholders.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -32,11 +35,19 @@ class SplitInfo(BaseModel):
     bytes: int
     sequences: int
     padding: int
+    images: int = 0
+    sounds: int = 0
+    media_tokens: int = 0
+
+    @property
+    def stream_tokens(self) -> int:
+        """All tokens of the stream, those of images and sounds too."""
+        return self.tokens + self.media_tokens
 
     @property
     def padding_share(self) -> float:
         """Share of the sequences' places that hold no token."""
-        return self.padding / max(self.padding + self.tokens, 1)
+        return self.padding / max(self.padding + self.stream_tokens, 1)
 
 
 def add_up(infos: Iterable[SplitInfo]) -> SplitInfo:
@@ -48,6 +59,9 @@ def add_up(infos: Iterable[SplitInfo]) -> SplitInfo:
         bytes=sum(info.bytes for info in every),
         sequences=sum(info.sequences for info in every),
         padding=sum(info.padding for info in every),
+        images=sum(info.images for info in every),
+        sounds=sum(info.sounds for info in every),
+        media_tokens=sum(info.media_tokens for info in every),
     )
 
 
@@ -92,6 +106,41 @@ class CleaningPart(BaseModel):
     counts: dict[str, int]
 
 
+class MediaInfo(BaseModel):
+    """How images and sounds were preprocessed, the ids of their tokens, and how many different ones are stored."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image_size: int
+    patch_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    audio_sample_rate: int
+    mel_bins: int
+    audio_stack: int
+    max_audio_seconds: float
+    token_ids: dict[Kind, int]
+    images: int
+    sounds: int
+
+
+MEDIA_KEYS = (
+    "image_size",
+    "patch_size",
+    "image_mean",
+    "image_std",
+    "audio_sample_rate",
+    "mel_bins",
+    "audio_stack",
+    "max_audio_seconds",
+)
+
+
+def media_settings(config: MultimodalConfig) -> dict[str, Any]:
+    """The keys of the section `multimodal` that preprocessed media and their tokens follow from."""
+    return {key: getattr(config, key) for key in MEDIA_KEYS}
+
+
 class DataManifest(BaseModel):
     """A prepared data set: its folder, its fingerprint, and the size of its splits."""
 
@@ -111,6 +160,8 @@ class DataManifest(BaseModel):
     sources: list[SourceInfo]
     quarantined: int
     cleaning: list[CleaningPart]
+    media: MediaInfo | None = None
+    """None for data that were prepared without `advanced.enable_multimodal`."""
 
     @property
     def tokenizer_folder(self) -> Path:

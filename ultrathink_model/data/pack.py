@@ -11,7 +11,7 @@ go, longest first, each into the fullest row that has room for it, and what stay
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxtyping import Int32, Int64
 
 from ultrathink_model.config import Config
 from ultrathink_model.data.manifest import ShardInfo
+from ultrathink_model.data.media_index import MediaIndex, Run
 from ultrathink_model.data.shards import TokenStream, read_ends
 
 IGNORED = -100
@@ -34,14 +35,27 @@ class Row:
     input_ids: Int64[np.ndarray, " seq"]
     labels: Int64[np.ndarray, " seq"]
     document_ids: Int32[np.ndarray, " seq"]
+    media: list[Run] = field(default_factory=list)
+    """The images and sounds that the row's input holds tokens of."""
 
 
-def read_row(stream: TokenStream, segments: Sequence[Segment], sequence_length: int, eos_id: int, pad_id: int) -> Row:
-    """A row of some segments; what they leave is filled up with `pad_id`, its labels with -100."""
+def read_row(
+    stream: TokenStream,
+    segments: Sequence[Segment],
+    sequence_length: int,
+    eos_id: int,
+    pad_id: int,
+    index: MediaIndex | None = None,
+) -> Row:
+    """A row of some segments; what they leave is filled up with `pad_id`, its labels with -100.
+
+    The tokens of images and sounds, which `index` finds, are seen and never predicted: their labels are -100 too.
+    """
     labels = np.full(sequence_length, IGNORED, dtype=np.int64)
     input_ids = np.full(sequence_length, pad_id, dtype=np.int64)
     steps = np.zeros(sequence_length, dtype=np.int32)
     place = 0
+    media: list[Run] = []
     for start, length in segments:
         before = max(start - 1, 0)
         tokens, ends = stream.read(before, start + length)
@@ -51,8 +65,13 @@ def read_row(stream: TokenStream, segments: Sequence[Segment], sequence_length: 
         # An end at the segment's last token opens no document within it.
         steps[place + inside[(inside > 0) & (inside < length)]] = 1
         steps[place] = place > 0
+        if index is not None:
+            # The input runs a token behind the labels; before the stream's first token there is none.
+            media += index.runs(before, start + length - 1, place + (start == 0))
+            for run in index.runs(start, start + length, place):
+                labels[run.place : run.place + run.length] = IGNORED
         place += length
-    return Row(input_ids, labels, np.cumsum(steps, dtype=np.int32))
+    return Row(input_ids, labels, np.cumsum(steps, dtype=np.int32), media)
 
 
 def padding_row(sequence_length: int, pad_id: int) -> Row:

@@ -10,7 +10,7 @@ from types import ModuleType
 from filelock import FileLock
 
 from ultrathink_model.config import Config
-from ultrathink_model.data.manifest import FORMAT_VERSION, MANIFEST_NAME, DataManifest, load_manifest
+from ultrathink_model.data.manifest import FORMAT_VERSION, MANIFEST_NAME, DataManifest, load_manifest, media_settings
 from ultrathink_model.data.mixture import list_sources
 from ultrathink_model.data.sources import Ingredient, open_source
 from ultrathink_model.data.tokenizer import check_fits
@@ -81,7 +81,7 @@ def _load_cleaning() -> ModuleType:
 
 def _gather(config: Config) -> list[Ingredient]:
     specs = list_sources(config.data)
-    sources = [open_source(spec.dataset, config.data) for spec in specs]
+    sources = [open_source(spec.dataset, config.data, config.advanced.enable_multimodal) for spec in specs]
     return [Ingredient(spec, source, source.identity()) for spec, source in zip(specs, sources, strict=True)]
 
 
@@ -100,6 +100,8 @@ def _fingerprint(config: Config, ingredients: list[Ingredient]) -> str:
         "max_quarantine_fraction": config.data.max_quarantine_fraction,
         "packing": config.data.packing,
     }
+    if config.advanced.enable_multimodal:
+        parts["media"] = media_settings(config.multimodal)
     if config.cleaning.enabled:
         parts["cleaning"] = _load_cleaning().cleaning_identity(config)
     if any(ingredient.source.streaming for ingredient in ingredients):

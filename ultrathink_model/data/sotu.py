@@ -19,6 +19,7 @@ class SotuSource:
     licence = "PDDL-1.0 and CC0-1.0 (works of the United States Government)"
     streaming = False
     has_validation = False
+    folder = None
 
     def identity(self) -> dict[str, object]:
         """What the fingerprint covers: the packed file's hash."""

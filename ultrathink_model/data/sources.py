@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ultrathink_model.config.data import DataConfig, DataSource
+from ultrathink_model.data.digits import DigitsSource
 from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.dummy import DummySource
 from ultrathink_model.data.file_hashes import FileHashes
@@ -40,6 +41,11 @@ class Source(Protocol):
         """Whether it brings a validation split of its own; if not, all its rows are in "train"."""
         ...
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the paths of its rows' media stay within; None for a source whose rows hold no paths."""
+        ...
+
     def identity(self) -> dict[str, object]:
         """Plain values that change when the documents would: what the fingerprint covers."""
         ...
@@ -58,13 +64,14 @@ class Ingredient:
     identity: dict[str, object]
 
 
-BUILT_IN: dict[str, Callable[[], Source]] = {"sotu": SotuSource, "dummy": DummySource}
+BUILT_IN: dict[str, Callable[[], Source]] = {"sotu": SotuSource, "dummy": DummySource, "digits": DigitsSource}
 
 
-def open_source(name: str, data: DataConfig) -> Source:
+def open_source(name: str, data: DataConfig, media: bool = False) -> Source:
     """The source that `data.dataset` or a part of `data.mix_datasets` names.
 
     A known name means the dataset of that name, whatever lies in the working folder; `./NAME` means the file or folder.
+    With `media` the images and sounds count that its rows name.
 
     Raises:
         DataError: There is nothing of that name.
@@ -77,11 +84,11 @@ def open_source(name: str, data: DataConfig) -> Source:
         files = find_files(name) if mirror is None else find_files(str(mirror), within=data.mirror_dir)
         described = known or KnownDataset(name, licence="")
         column = data.text_column or described.text_column
-        return LocalSource(name, files, column, FileHashes(Path(data.cache_dir)), described.article_heading)
+        return LocalSource(name, files, column, FileHashes(Path(data.cache_dir)), described.article_heading, media)
     known = known or KnownDataset(name, licence="as stated on the hub")
     wanted = {"subset": data.dataset_config, "text_column": data.text_column}
     known = replace(known, **{key: value for key, value in wanted.items() if value is not None})
-    return HubSource(name, known, data.streaming)
+    return HubSource(name, known, data.streaming, media)
 
 
 def find_mirror(name: str, known: KnownDataset | None, data: DataConfig) -> Path | None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from pydantic import BaseModel
 
 from ultrathink_model.config import Config
 from ultrathink_model.data.card import Notes
-from ultrathink_model.data.document import Document, Split
+from ultrathink_model.data.document import Document, Medium, Split
 from ultrathink_model.data.intake import SPLITS, Intake
 from ultrathink_model.data.manifest import SourceInfo, SplitInfo
+from ultrathink_model.data.media_index import MediaIndexWriter
 from ultrathink_model.data.pack import count_rows
 from ultrathink_model.data.shards import ShardWriter, WriterState
 from ultrathink_model.data.sources import Ingredient
 from ultrathink_model.data.tokenizer import Tokenizer
+from ultrathink_model.media.placeholders import cut_at_placeholders
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,20 @@ class Size(BaseModel):
 
     documents: int = 0
     tokens: int = 0
+    """All tokens of the stream, those of media too."""
     bytes: int = 0
+    media_tokens: int = 0
+    images: int = 0
+    sounds: int = 0
+
+    def count(self, pieces: list[str], tokens: int, media: Sequence[Medium]) -> None:
+        """Adds a document: its text between the media, all its tokens, and its media."""
+        self.documents += 1
+        self.tokens += tokens
+        self.bytes += sum(len(piece.encode()) for piece in pieces)
+        self.media_tokens += sum(medium.tokens for medium in media)
+        self.images += sum(medium.kind == "image" for medium in media)
+        self.sounds += sum(medium.kind == "audio" for medium in media)
 
 
 class Progress(BaseModel):
@@ -72,19 +87,25 @@ def write_source(
             split: stack.enter_context(ShardWriter(folder, f"{split}/{number}", dtype, state=done.writers[split]))
             for split in SPLITS
         }
+        indices = _open_indices(stack, folder, number, done) if intake.media else {}
         for batch in _batches(notes.watch(intake.documents())):
             count += len(batch)
             new = batch[max(0, done.documents - (count - len(batch))) :]
-            texts = [document.text for document in new]
-            for document, ids in zip(new, tokenizer.encode_batch(texts), strict=True):
+            for document, (ids, starts, pieces) in zip(new, encode_documents(tokenizer, new), strict=True):
                 size = sizes[document.split]
-                size.tokens += writers[document.split].add([*ids, tokenizer.eos_id])
-                size.bytes += len(document.text.encode())
-                size.documents += 1
+                for start, medium in zip(starts, document.media, strict=True):
+                    indices[document.split].add(size.tokens + start, medium)
+                written = writers[document.split].add([*ids, tokenizer.eos_id])
+                size.count(pieces, written, document.media)
             intake.train_full = count >= done.documents and sizes["train"].tokens >= bound
-            noted += sum(map(len, texts))
+            noted += sum(len(document.text) for document in new)
             if noted >= NOTED_CHARACTERS:
                 noted = 0
+                # What the progress counts must outlast a kill.
+                if intake.media is not None:
+                    intake.media.sync()
+                for index in indices.values():
+                    index.sync()
                 states = {split: writer.state() for split, writer in writers.items()}
                 _write_progress(record, Progress(documents=count, sizes=sizes, writers=states))
             if time.monotonic() - told > PROGRESS_SECONDS:
@@ -110,7 +131,37 @@ def write_source(
 def _split_info(config: Config, size: Size, writer: ShardWriter, folder: Path, split: Split, number: str) -> SplitInfo:
     rows = count_rows(config, folder, writer.shards, f"{split}/{number}", size.tokens)
     padding = rows * config.model.max_seq_length - size.tokens
-    return SplitInfo(documents=size.documents, tokens=size.tokens, bytes=size.bytes, sequences=rows, padding=padding)
+    values = size.model_dump() | {"tokens": size.tokens - size.media_tokens}
+    return SplitInfo(**values, sequences=rows, padding=padding)
+
+
+def _open_indices(stack: ExitStack, folder: Path, number: str, done: Progress) -> dict[Split, MediaIndexWriter]:
+    """The indices of media of both splits, cut back to what the progress counts."""
+    indices = {}
+    for split, size in done.sizes.items():
+        indices[split] = MediaIndexWriter(folder / split / number, size.images + size.sounds)
+        stack.callback(indices[split].close)
+    return indices
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: Sequence[Document]
+) -> Iterator[tuple[list[int], list[int], list[str]]]:
+    """The ids of documents, with each placeholder repeated for as many tokens as its medium has.
+
+    Yields:
+        The ids, where in them each medium begins, and the pieces of text that were encoded.
+    """
+    pieces = [cut_at_placeholders(document.text)[0] if document.media else [document.text] for document in documents]
+    encoded = iter(tokenizer.encode_batch([piece for some in pieces for piece in some]))
+    media_ids = tokenizer.media_ids
+    for document, some in zip(documents, pieces, strict=True):
+        ids = list(next(encoded))
+        starts = []
+        for medium in document.media:
+            starts.append(len(ids))
+            ids += [media_ids[medium.kind]] * medium.tokens + next(encoded)
+        yield ids, starts, some
 
 
 def _write_progress(record: Path, progress: Progress) -> None:

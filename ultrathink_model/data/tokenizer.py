@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from ultrathink_model.errors import TokenizerError
+from ultrathink_model.media.placeholders import MEDIA_TOKENS, PLACEHOLDERS, Kind
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -45,7 +47,7 @@ class Tokenizer:
         self._file_text = self._backend.to_str(pretty=False)
         # Not part of the saved file: there, `transformers` decides how prompts that spell special tokens are read.
         self._backend.encode_special_tokens = True
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos_token or eos_token,
             "eos_token": eos_token,
@@ -56,6 +58,21 @@ class Tokenizer:
         self.eos_id, self.bos_id, self.pad_id = (self._id_of(f"{name}_token") for name in ("eos", "bos", "pad"))
         # The greatest id, since some vocabularies (cl100k_base) have holes in them.
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def media_ids(self) -> dict[Kind, int]:
+        """The ids of the tokens of images and sounds; empty for a tokenizer without them."""
+        added = {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()}
+        return {kind: added[token] for kind, token in PLACEHOLDERS.items() if token in added}
+
+    def with_media(self) -> "Tokenizer":
+        """This tokenizer with `<image>` and `<audio>` among its special tokens."""
+        backend = tokenizers.Tokenizer.from_str(self._file_text)
+        backend.add_special_tokens(
+            [tokenizers.AddedToken(token, special=True, normalized=False) for token in MEDIA_TOKENS]
+        )
+        eos, bos, pad = (self._settings[f"{name}_token"] for name in ("eos", "bos", "pad"))
+        return Tokenizer(backend, eos, bos, pad, self._settings.get("chat_template"))
 
     @property
     def hash(self) -> str:

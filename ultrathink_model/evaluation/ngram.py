@@ -115,13 +115,18 @@ def split_loss(model: Unigram | KneserNeyBigram, manifest: DataManifest) -> Vali
 
 
 def split_bigrams(manifest: DataManifest, split: Split) -> Iterator[tuple[Tokens, Tokens]]:
-    """Every token that a pass over the split predicts, in pieces: the tokens before them, and the tokens themselves."""
+    """Every token that a pass over the split predicts, in pieces: the tokens before them, and the tokens themselves.
+
+    The tokens of images and sounds stand before others, but are not predicted.
+    """
+    media = list(manifest.media.token_ids.values()) if manifest.media else []
     for source in manifest.sources:
         stream = TokenStream(manifest.path, source.shards[split], manifest.token_dtype)
         last = manifest.eos_id
         for start in range(0, len(stream), CHUNK_TOKENS):
             tokens, _ = stream.read(start, min(start + CHUNK_TOKENS, len(stream)))
-            yield np.concatenate([[last], tokens[:-1]]), tokens
+            previous, predicted = np.concatenate([[last], tokens[:-1]]), ~np.isin(tokens, media)
+            yield previous[predicted], tokens[predicted]
             last = int(tokens[-1])
 
 

@@ -1,5 +1,6 @@
 """Images: from a file or bytes to the pixels that the model's encoder takes."""
 
+import base64
 import io
 import struct
 import warnings
@@ -76,6 +77,20 @@ def normalise_image(
     """Pixels as the encoder takes them: scaled to [0, 1], less `image_mean`, over `image_std`."""
     mean, std = np.asarray(config.image_mean, dtype=np.float32), np.asarray(config.image_std, dtype=np.float32)
     return pixels * (1 / (255 * std))[:, None, None] - (mean / std)[:, None, None]
+
+
+def as_data_address(pixels: UInt8[np.ndarray, "3 side side"], longest: int) -> str:
+    """An image as a `data:` address of a PNG, which a page can show without a file beside it.
+
+    Args:
+        pixels: Its pixels.
+        longest: Side that it is scaled down to where it is larger.
+    """
+    picture = require("PIL.Image").fromarray(pixels.transpose(1, 2, 0))
+    picture.thumbnail((longest, longest))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _middle_square(image: "Image", side: int) -> UInt8[np.ndarray, "3 side side"]:

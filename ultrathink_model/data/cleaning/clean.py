@@ -33,6 +33,7 @@ class CleanSource:
 
     streaming = False
     has_validation = True
+    folder = None
 
     def __init__(self, source: Source, extracted: ExtractedSource, folder: Path) -> None:
         self.name, self.licence = source.name, source.licence

@@ -68,7 +68,7 @@ def _read(file: LocalFile) -> Iterator[object]:
     elif format_suffix(file.path) == ".csv":
         yield from (record for _, record in read_csv_records(file.path, file.name, ()))
     else:
-        for row in reader(file.path, file.name, "text"):
+        for row in reader(file.path, file.name, "text", False):
             yield row if isinstance(row, BadRow) else row.text
 
 
