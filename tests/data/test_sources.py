@@ -222,9 +222,9 @@ def test_a_lone_document_is_cut_and_its_last_part_held_out(folder, tmp_path):
 
 
 def test_every_nth_document_is_held_out():
-    splits = [document.split for document in hold_out((Row("a", 1, text) for text in "abcdefg"), 3)]
+    splits = [document.split for document in hold_out(((Row("a", 1, text), ()) for text in "abcdefg"), 3)]
     assert splits == ["train", "train", "validation", "train", "train", "validation", "train"]
-    assert [document.split for document in hold_out((Row("a", 1, text) for text in "ab"), 10)] == [
+    assert [document.split for document in hold_out(((Row("a", 1, text), ()) for text in "ab"), 10)] == [
         "train",
         "validation",
     ]
