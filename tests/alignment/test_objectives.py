@@ -9,7 +9,7 @@ from ultrathink_model.alignment.objectives import (
     calibration_error,
     clipped_policy_loss,
     clipped_value_loss,
-    exact_kl,
+    exact_kl_and_entropy,
     generalized_advantages,
     group_advantages,
     kl_estimate,
@@ -71,12 +71,14 @@ def test_kl_estimate_and_exact_kl_agree_in_the_mean():
     estimate = (probabilities * kl_estimate(logprobs[:, None], reference_logprobs[:, None]).flatten()).sum()
     closed_form = (probabilities * (logprobs - reference_logprobs)).sum()
     torch.testing.assert_close(estimate, closed_form)
-    torch.testing.assert_close(exact_kl(policy, reference).squeeze(), closed_form)
+    kl, entropy = exact_kl_and_entropy(policy.log_softmax(-1), reference.log_softmax(-1))
+    torch.testing.assert_close(kl.squeeze(), closed_form)
+    torch.testing.assert_close(entropy, token_entropies(policy))
 
 
 def test_kl_of_a_policy_to_itself_is_zero():
-    logits = draws(2, 3, 5)
-    assert exact_kl(logits, logits).abs().max() == 0
+    logprobs = draws(2, 3, 5).log_softmax(-1)
+    assert exact_kl_and_entropy(logprobs, logprobs)[0].abs().max() == 0
     assert kl_estimate(draws(2, 3), draws(2, 3)).abs().max() == 0
 
 

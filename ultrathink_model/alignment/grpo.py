@@ -40,14 +40,12 @@ class GRPO:
         )
 
     def terms(self, learner: Learner, rows: Experience) -> Terms:
-        """Clipped policy loss, KL and entropy of a minibatch."""
+        """The objective of a minibatch, with its clipped policy loss."""
         rlhf = self._rlhf
         logits, _ = response_states(learner.forward, rows.sequences, rlhf.temperature)
         logprobs = token_logprobs(logits, rows.sequences.responses)
         policy, clipped = clipped_policy_loss(logprobs, rows.old_logprobs, rows.advantages, rlhf.clip_range)
-        entropy = token_entropies(logits)
-        kl = kl_estimate(logprobs, rows.reference_logprobs)
-        loss = policy + self._kl_weight * kl - rlhf.entropy_weight * entropy
-        return make_terms(
-            rows, logprobs.detach(), loss, {"policy_loss": policy, "entropy": entropy, "clip_fraction": clipped}
-        )
+        loss = policy + self._kl_weight * kl_estimate(logprobs, rows.reference_logprobs)
+        if rlhf.entropy_weight:
+            loss = loss - rlhf.entropy_weight * token_entropies(logits)
+        return make_terms(rows, logprobs.detach(), loss, {"policy_loss": policy, "clip_fraction": clipped})

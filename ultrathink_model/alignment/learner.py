@@ -49,7 +49,8 @@ class Learner:
         self._max_norm = config.training.gradient_clipping
         self._strategy = make_strategy(config, context)
         whole = copy.deepcopy(trunk).to(context.device).eval().requires_grad_(False)
-        _give_every_weight_a_gradient(trunk)
+        if self._strategy.name != "single":
+            _give_every_weight_a_gradient(trunk)
         self._strategy.prepare(trunk, lambda module: _adamw(config, module, learning_rate))
         self._strategy.model.eval()
         self._whole = whole if self._strategy.is_sharded else None
@@ -211,4 +212,4 @@ def _adamw(config: Config, module: nn.Module, rate: float) -> AdamW:
     training = config.training
     betas = (training.adam_beta1, training.adam_beta2)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return AdamW(parameters, lr=rate, betas=betas, eps=training.adam_eps, weight_decay=0.0)
+    return AdamW(parameters, lr=rate, betas=betas, eps=training.adam_eps, weight_decay=0.0, fused=True)

@@ -41,16 +41,21 @@ def kl_estimate(
     return torch.expm1(log_ratio) - log_ratio
 
 
-def exact_kl(
-    logits: Float[Tensor, "batch response vocab"], reference_logits: Float[Tensor, "batch response vocab"]
-) -> Float[Tensor, "batch response"]:
-    """KL(policy ‖ reference) of the next-token distributions, in nats per token.
+def exact_kl_and_entropy(
+    logprobs: Float[Tensor, "batch response vocab"], reference_logprobs: Float[Tensor, "batch response vocab"]
+) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
+    """KL(policy ‖ reference) of the next-token distributions and the policy's entropy, in nats per token.
 
-    Summed over tokens that the policy drew, it is an unbiased estimate of the sequence's KL of lower variance than any
-    estimate from the drawn tokens alone (Amini et al. 2025, arXiv 2504.10637).
+    Summed over tokens that the policy drew, the KL is an unbiased estimate of the sequence's, of lower variance than
+    any estimate from the drawn tokens alone (Amini et al. 2025, arXiv 2504.10637).
+
+    Args:
+        logprobs: Normalised log-probabilities of the policy.
+        reference_logprobs: Those of the reference.
     """
-    policy, reference = logits.log_softmax(-1), reference_logits.log_softmax(-1)
-    return (policy.exp() * (policy - reference)).sum(-1)
+    probabilities = logprobs.exp()
+    kl = (probabilities * (logprobs - reference_logprobs)).sum(-1)
+    return kl, -(probabilities * logprobs).sum(-1)
 
 
 def clipped_policy_loss(

@@ -64,21 +64,18 @@ class PPO:
         )
 
     def terms(self, learner: Learner, rows: Experience) -> Terms:
-        """Clipped policy loss, clipped value loss and entropy of a minibatch."""
+        """The objective of a minibatch, with the clipped policy and value losses."""
         rlhf = self._rlhf
         assert learner.head is not None, "PPO needs a value head"
         logits, hidden = response_states(learner.forward, rows.sequences, rlhf.temperature)
         logprobs = token_logprobs(logits, rows.sequences.responses)
         policy, clipped = clipped_policy_loss(logprobs, rows.old_logprobs, rows.advantages, rlhf.clip_range)
         value = clipped_value_loss(learner.head(hidden), rows.old_values, rows.returns, rlhf.value_clip_range)
-        entropy = token_entropies(logits)
-        loss = policy + rlhf.value_weight * value - rlhf.entropy_weight * entropy
-        return make_terms(
-            rows,
-            logprobs.detach(),
-            loss,
-            {"policy_loss": policy, "value_loss": value, "entropy": entropy, "clip_fraction": clipped},
-        )
+        loss = policy + rlhf.value_weight * value
+        if rlhf.entropy_weight:
+            loss = loss - rlhf.entropy_weight * token_entropies(logits)
+        parts = {"policy_loss": policy, "value_loss": value, "clip_fraction": clipped}
+        return make_terms(rows, logprobs.detach(), loss, parts)
 
 
 def token_rewards(rollout: Rollout, kl_weight: float) -> Float[Tensor, "batch response"]:

@@ -8,16 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ultrathink_model.alignment.learner import Learner
-from ultrathink_model.alignment.objectives import exact_kl
+from ultrathink_model.alignment.objectives import exact_kl_and_entropy
 from ultrathink_model.alignment.precision import in_run_precision
 from ultrathink_model.alignment.reward import Scorer
-from ultrathink_model.alignment.sequences import (
-    Sequences,
-    pad_prompts,
-    response_states,
-    token_entropies,
-    token_logprobs,
-)
+from ultrathink_model.alignment.sequences import Sequences, pad_prompts, response_states
 from ultrathink_model.config.rlhf import RLHFConfig
 from ultrathink_model.data.manifest import DataManifest
 from ultrathink_model.models.generation import generate
@@ -105,14 +99,17 @@ def examine(
         logits, hidden = response_states(learner.forward, rows, rlhf.temperature)
         reference_logits, _ = response_states(reference_forward, rows, rlhf.temperature)
         values = torch.zeros_like(hidden[..., 0]) if learner.head is None else learner.head(hidden)
+        every, known = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+        kl, entropies = exact_kl_and_entropy(every, known)
+        drawn = rows.responses.unsqueeze(-1)
         parts.append(
             (
                 scorer.score(rows),
-                token_logprobs(logits, rows.responses),
-                token_logprobs(reference_logits, rows.responses),
+                every.gather(-1, drawn).squeeze(-1),
+                known.gather(-1, drawn).squeeze(-1),
                 values,
-                (exact_kl(logits, reference_logits) * rows.response_mask).sum(1),
-                token_entropies(logits),
+                (kl * rows.response_mask).sum(1),
+                entropies,
             )
         )
     return Rollout(sequences, *(torch.cat(list(part)) for part in zip(*parts, strict=True)))

@@ -74,7 +74,7 @@ def measured_line(measure: Measure) -> dict[str, float]:
 
 
 def _updated(update: Update, kl_weight: float, run: PolicyRun) -> dict[str, float]:
-    parts = {f"rlhf/{name}": value for name, value in update.means.items() if name != "entropy"}
+    parts = {f"rlhf/{name}": value for name, value in update.means.items()}
     weight = {"rlhf/kl_weight": kl_weight} if run.can_return else {}
     return {**parts, **weight, "rlhf/update_steps": update.steps, "rlhf/bad_steps": run.position.bad_steps}
 
