@@ -8,6 +8,8 @@ import torch.distributed.checkpoint as dcp
 
 from ultrathink_model.distributed.context import all_reduce_sum, init_distributed
 from ultrathink_model.distributed.strategy import make_strategy
+from ultrathink_model.media.batch import MediaBatch
+from ultrathink_model.media.counts import frame_tokens, image_tokens
 from ultrathink_model.models.transformer import build_model
 
 GLOBAL_BATCH = 8
@@ -23,6 +25,24 @@ def global_batch(config, step):
     for row in range(GLOBAL_BATCH):
         labels[row, : 3 * row] = -100
     return tokens, labels
+
+
+def media_of(config, step, rows):
+    """The media of some rows of a step: row 0 has an image, row 5 a clip, and every third step no row has any."""
+    if not config.advanced.enable_multimodal or step % 3 == 1:
+        return None
+    generator, options = torch.Generator().manual_seed(step), config.multimodal
+    image = torch.randn(1, 3, options.image_size, options.image_size, generator=generator)
+    clip = torch.randn(1, options.mel_bins, 20, generator=generator)
+    slots = torch.full((len(rows), config.model.max_seq_length), -1)
+    media = MediaBatch()
+    if 0 in rows:
+        media.images, media.image_slots = image, slots.clone()
+        media.image_slots[rows.index(0), 3 : 3 + image_tokens(options)] = torch.arange(image_tokens(options))
+    if 5 in rows:
+        media.audio, media.audio_frames, media.audio_slots = clip, torch.tensor([20]), slots.clone()
+        media.audio_slots[rows.index(5), 1 : 1 + frame_tokens(options, 20)] = torch.arange(frame_tokens(options, 20))
+    return media if 0 in rows or 5 in rows else None
 
 
 def make_optimizer(config):
@@ -49,13 +69,16 @@ def train_step(strategy, step):
     total = torch.zeros((), dtype=torch.float64, device=context.device)
     strategy.unwrapped.begin_step(step)
     strategy.model.train()
+    numbers = torch.arange(GLOBAL_BATCH)[own].chunk(MICRO_STEPS)
     for index, (x, y) in enumerate(zip(tokens[own].chunk(MICRO_STEPS), labels[own].chunk(MICRO_STEPS), strict=True)):
         # In every second step no rank has a text that is labelled for harm.
         harm = x % 1024 if strategy.unwrapped.harm_head is not None and step % 2 == 0 else None
-        output = strategy.model(x, labels=y, harm_labels=harm)
+        media = media_of(config, step, numbers[index].tolist())
+        output = strategy.model(x, labels=y, harm_labels=harm, media=media)
         objective = (output.loss_sum + sum(output.aux_losses.values())) / count
         strategy.backward(objective * strategy.gradient_scale, index == MICRO_STEPS - 1)
         total += output.loss_sum.detach()
+    strategy.unwrapped.complete_gradients()
     norm = strategy.gradient_norm_and_clip(config.training.gradient_clipping)
     strategy.step()
     strategy.unwrapped.end_step(all_reduce_sum)

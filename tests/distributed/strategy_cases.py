@@ -19,6 +19,18 @@ BASE = make_config(
             "intermediate_size": 64,
             "max_seq_length": 32,
         },
+        "multimodal": {
+            "image_size": 12,
+            "patch_size": 4,
+            "image_hidden_size": 16,
+            "image_layers": 2,
+            "image_heads": 2,
+            "mel_bins": 6,
+            "max_audio_seconds": 1,
+            "audio_hidden_size": 12,
+            "audio_layers": 2,
+            "audio_heads": 2,
+        },
         "moe": {"num_knowledge_experts": 4, "num_skill_experts": 2, "num_meta_experts": 1, "num_safety_experts": 1},
     }
 )
@@ -33,6 +45,8 @@ CUT = ["distributed.expert_parallel_size=2", *MIXTURE]
 # Capacity is counted in the tokens of one rank, so one process drops others: it is compared over ranks alone.
 CAPACITY = ["moe.expert_capacity=1"]
 
+MEDIA = ["advanced.enable_multimodal=true"]
+
 HARM = ["advanced.enable_constitutional=true"]
 
 # A name's second part says what is trained, whoever trains it.
@@ -41,6 +55,7 @@ STRATEGIES = {
     "ddp_muon": ["distributed.strategy=ddp", "training.optimizer=muon"],
     "ddp_routed": ["distributed.strategy=ddp", *ROUTED],
     "ddp_harm": ["distributed.strategy=ddp", *HARM],
+    "ddp_media": ["distributed.strategy=ddp", *MEDIA],
     "ddp_mixture": ["distributed.strategy=ddp", *MIXTURE],
     "ddp_capacity": ["distributed.strategy=ddp", *MIXTURE, *CAPACITY],
     "ddpcut_mixture": ["distributed.strategy=ddp", *CUT],
@@ -51,12 +66,15 @@ STRATEGIES = {
     "fsdp_muon": ["distributed.strategy=fsdp", "training.optimizer=muon"],
     "fsdp_routed": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *ROUTED],
     "fsdp_harm": ["distributed.strategy=fsdp", *HARM],
+    "fsdp_media": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *MEDIA],
     "zero1": ["distributed.strategy=deepspeed", "distributed.zero_stage=1"],
     "zero1_routed": ["distributed.strategy=deepspeed", "distributed.zero_stage=1", *ROUTED],
     "zero2": ["distributed.strategy=deepspeed", "distributed.zero_stage=2"],
+    "zero2_media": ["distributed.strategy=deepspeed", "distributed.zero_stage=2", *MEDIA],
     "zero2_routed": ["distributed.strategy=deepspeed", "distributed.zero_stage=2", *ROUTED],
     "zero3": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}"],
     "zero3_harm": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}", *HARM],
+    "zero3_media": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}", *MEDIA],
     "zero3_routed": ["distributed.strategy=deepspeed", "distributed.deepspeed_config={zero3}", *ROUTED],
 }
 

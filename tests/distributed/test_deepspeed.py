@@ -20,7 +20,7 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
 
-NAMES = ["zero1", "zero2", "zero2_routed", "zero3", "zero3_routed", "zero3_harm"]
+NAMES = ["zero1", "zero2", "zero2_routed", "zero3", "zero3_routed", "zero3_harm", "zero2_media", "zero3_media"]
 
 # Who loads, and who saved.
 LOADS = [("zero1", "zero1"), ("zero2", "zero1"), ("zero3", "zero2"), ("zero1", "zero3"), ("zero3", "zero3")]

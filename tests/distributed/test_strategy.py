@@ -16,10 +16,19 @@ from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import ConfigError, DistributedError
 
-NAMES = ["ddp", "ddp_muon", "ddp_routed", "ddp_harm", "fsdp", "fsdp_muon", "fsdp_routed", "fsdp_harm"]
+NAMES = [
+    f"{strategy}{trained}" for strategy in ("ddp", "fsdp") for trained in ("", "_muon", "_routed", "_harm", "_media")
+]
 
 # Who loads, and who saved.
-LOADS = [("ddp", "ddp"), ("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp_routed", "ddp_routed"), ("fsdp_muon", "ddp_muon")]
+LOADS = [
+    ("ddp", "ddp"),
+    ("fsdp", "fsdp"),
+    ("ddp", "fsdp"),
+    ("fsdp_routed", "ddp_routed"),
+    ("fsdp_muon", "ddp_muon"),
+    ("fsdp_media", "ddp_media"),
+]
 
 
 @pytest.fixture(scope="module")

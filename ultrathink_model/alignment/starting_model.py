@@ -123,10 +123,15 @@ def _gathers_parts_of_blocks(config: Config, context: RankContext) -> bool:
 
 
 def starting_model(config: Config, init_from: Path) -> Transformer:
-    """The model of the folder, in evaluation mode, built by the aligned config."""
+    """The model of the folder, in evaluation mode, built by the aligned config.
+
+    Alignment reads text alone: what the model has for images and sound stays as it is.
+    """
     model = build_model(config, "cpu")
     report = initialise_from(model, init_from)
     logger.info("weights of %s: %s", init_from, report.summary())
+    if model.media_encoder is not None:
+        model.media_encoder.requires_grad_(False)
     return model.eval()
 
 

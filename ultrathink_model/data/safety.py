@@ -177,6 +177,7 @@ class SafetyRows:
             document_ids=torch.cat([documents, self._documents[index].to(documents.dtype)]),
             source_groups=None if groups is None else torch.cat([groups, torch.full_like(tokens, NO_GROUP)]),
             harm_labels=self._bits[index],
+            media=None if batch.media is None else batch.media.followed_by_rows(len(tokens)),
         )
 
     def _place(self, number: int) -> int:

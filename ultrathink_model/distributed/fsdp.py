@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from ultrathink_model.distributed.single import SingleStrategy
+from ultrathink_model.models.multimodal.encoder_block import EncoderBlock
 
 
 class FSDPStrategy(SingleStrategy):
@@ -46,7 +47,7 @@ class FSDPStrategy(SingleStrategy):
         return model
 
     def _units(self, model: nn.Module) -> list[nn.Module]:
-        """What is gathered at once: the decoder's blocks."""
+        """What is gathered at once: the decoder's blocks, and the encoders'."""
         blocks = model.get_submodule("blocks")
         assert isinstance(blocks, nn.ModuleList)
-        return list(blocks)
+        return [*blocks, *(module for module in model.modules() if isinstance(module, EncoderBlock))]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ultrathink_model.config import Config
 from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.distributed.state import same_mesh
+from ultrathink_model.models.multimodal.media_encoder import MediaEncoder
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -129,4 +130,7 @@ class Strategy(ABC):
         return norm.detach()
 
     def _move_to_device(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, MediaEncoder) and any(weight.requires_grad for weight in module.parameters()):
+                module.runs_always = self.name != "single"
         return model.to(self.context.device) if self.context.device != torch.device("cpu") else model

@@ -8,6 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ultrathink_model.config.multimodal import MultimodalConfig
+from ultrathink_model.media.counts import FRAMES_PER_STATE
+
 NO_SLOT = -1
 # What a token stands for, in the order of its numbers.
 MODALITIES = ("text", "image", "audio")
@@ -56,6 +59,24 @@ class MediaBatch:
     def followed_by_rows(self, rows: int) -> "MediaBatch":
         """The same media in a batch with so many more rows, which have none."""
         return self.with_slots(lambda slots: F.pad(slots, (0, 0, 0, rows), value=NO_SLOT))
+
+    def with_blanks(self, options: MultimodalConfig, sequences: Float[Tensor, "batch seq hidden"]) -> "MediaBatch":
+        """The same media, and a blank one that stands nowhere of each kind that is missing.
+
+        Args:
+            options: Sizes of the media.
+            sequences: What they belong to, for its shape and device.
+        """
+        nowhere = sequences.new_full(sequences.shape[:2], NO_SLOT, dtype=torch.int64)
+        missing: dict[str, Tensor] = {}
+        if self.images is None:
+            side = options.image_size
+            missing |= {"images": sequences.new_zeros(1, 3, side, side), "image_slots": nowhere}
+        if self.audio is None:
+            frames = nowhere.new_full((1,), FRAMES_PER_STATE)
+            audio = sequences.new_zeros(1, options.mel_bins, FRAMES_PER_STATE)
+            missing |= {"audio": audio, "audio_frames": frames, "audio_slots": nowhere}
+        return replace(self, **missing)
 
     def with_slots(self, function: Callable[[Tensor], Tensor]) -> "MediaBatch":
         """The same media with their slots changed."""

@@ -143,9 +143,10 @@ class Transformer(nn.Module):
             tokens = tokens.with_mask()
         rotation = self._rotation_table(start + input_ids.shape[1], input_ids.device)
         x = self.embedding(input_ids)
-        if media is not None:
-            assert self.media_encoder is not None, "the model was built without encoders"
+        if self.media_encoder is not None:
             x = self.media_encoder(x, media)
+        else:
+            assert media is None, "the model was built without encoders"
         report = Routing()
         for layer, block in enumerate(self.blocks):
             x, routing = self._run_block(block, x, tokens, rotation, None if cache is None else cache[layer])
@@ -196,6 +197,15 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, DepthRouter):
                 module.begin_step(step)
+
+    @torch.no_grad()
+    def complete_gradients(self) -> None:
+        """Gives encoders that no batch of a step has used the gradient of zero that they have with other strategies."""
+        if self.media_encoder is None or self.media_encoder.runs_always:
+            return
+        for parameter in self.media_encoder.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def end_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Hands each routed layer its counts over the whole step, and keeps them as the step's statistics.

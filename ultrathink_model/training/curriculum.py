@@ -26,14 +26,18 @@ def cut_rows(batch: Batch, length: int) -> Batch:
     if batch.input_ids.shape[1] == length:
         return batch
 
+    def pieces(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, length)  # (batch · seq / length, length)
+
     def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(-1, length)  # (batch · seq / length, length)
+        return None if tensor is None else pieces(tensor)
 
     return dataclasses.replace(
         batch,
-        input_ids=batch.input_ids.reshape(-1, length),
-        labels=batch.labels.reshape(-1, length),
+        input_ids=pieces(batch.input_ids),
+        labels=pieces(batch.labels),
         document_ids=cut(batch.document_ids),
         source_groups=cut(batch.source_groups),
         harm_labels=cut(batch.harm_labels),
+        media=None if batch.media is None else batch.media.with_slots(pieces),
     )

@@ -205,6 +205,7 @@ class Trainer:
             for name, value in output.aux_losses.items():
                 record.aux_sums[name] = record.aux_sums.get(name, 0) + value.detach()
         self._watch.note(OPTIMIZER)
+        self.model.complete_gradients()
         if self.scaler:
             self.scaler.unscale(self.model)
         record.gradient_norm = self.strategy.gradient_norm_and_clip(training.gradient_clipping)
@@ -228,6 +229,7 @@ class Trainer:
                 document_ids=on_device.document_ids,
                 source_groups=on_device.source_groups,
                 harm_labels=on_device.harm_labels,
+                media=on_device.media,
             )
         return output
 

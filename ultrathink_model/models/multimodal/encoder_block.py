@@ -23,17 +23,32 @@ def gelu_tanh(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
-class EncoderAttention(nn.Module):
-    """Multi-head attention in which every state looks at every other.
+class QueriesKeysValues(nn.Module):
+    """Queries, keys and values in one product, with a bias on queries and values.
 
-    Queries, keys and values are one product. Its bias has a part for the keys, which Whisper lacks: it adds the same to
-    all of a query's logits, so it changes nothing and its gradient is zero.
+    One on the keys would add the same to all of a query's logits and so change nothing, while AdamW would blow the
+    rounding of its zero gradient up to full steps. CLIP and SigLIP have one, which is left out; Whisper has none.
     """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3 * width, width))
+        self.query_bias = nn.Parameter(torch.empty(width))
+        self.value_bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Float[Tensor, "batch states width"]) -> Float[Tensor, "batch states triple"]:
+        """The three, one behind the other."""
+        bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
+        return F.linear(x, self.weight, bias)
+
+
+class EncoderAttention(nn.Module):
+    """Multi-head attention in which every state looks at every other."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = QueriesKeysValues(width)
         self.output = nn.Linear(width, width)
 
     def forward(

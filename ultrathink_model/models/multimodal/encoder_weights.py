@@ -85,10 +85,8 @@ def _block(take: Take, layer: int, theirs: str, norms: tuple[str, str], inner: s
     yield from _pair(take, f"{ours}.attention_norm", f"{theirs}.{norms[0]}")
     yield from _pair(take, f"{ours}.feed_forward_norm", f"{theirs}.{norms[1]}")
     yield f"{ours}.attention.qkv.weight", torch.cat([take(f"{attention}.{part}_proj.weight") for part in "qkv"])
-    query_bias = take(f"{attention}.q_proj.bias")
-    # Whisper's keys have none.
-    key_bias = torch.zeros_like(query_bias) if inner == "" else take(f"{attention}.k_proj.bias")
-    yield f"{ours}.attention.qkv.bias", torch.cat((query_bias, key_bias, take(f"{attention}.v_proj.bias")))
+    yield f"{ours}.attention.qkv.query_bias", take(f"{attention}.q_proj.bias")
+    yield f"{ours}.attention.qkv.value_bias", take(f"{attention}.v_proj.bias")
     yield from _pair(take, f"{ours}.attention.output", f"{attention}.out_proj")
     yield from _pair(take, f"{ours}.feed_forward.up", f"{theirs}.{inner}fc1")
     yield from _pair(take, f"{ours}.feed_forward.down", f"{theirs}.{inner}fc2")

@@ -30,12 +30,20 @@ class Projector(nn.Module):
 
 
 class MediaEncoder(nn.Module):
-    """Both encoders with their projections, and the placing of what they give."""
+    """Both encoders with their projections, and the placing of what they give.
+
+    Attributes:
+        runs_always: Whether a blank medium is encoded, which stands nowhere, where a batch has none of its kind: ranks
+            wait for each other's gradients, or hold parts of the weights, and must all make the same calls.
+    """
+
+    runs_always: bool
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         media, model = config.multimodal, config.model
-        self.stack = media.audio_stack
+        self.options, self.stack = media, media.audio_stack
+        self.runs_always = False
         self.image_encoder = ImageEncoder(config)
         self.image_projector = Projector(media.image_hidden_size, model.hidden_size, model.norm_eps)
         self.audio_encoder = AudioEncoder(config)
@@ -44,8 +52,14 @@ class MediaEncoder(nn.Module):
             self.image_encoder.requires_grad_(False)
             self.audio_encoder.requires_grad_(False)
 
-    def forward(self, x: Float[Tensor, "batch seq hidden"], media: MediaBatch) -> Float[Tensor, "batch seq hidden"]:
+    def forward(
+        self, x: Float[Tensor, "batch seq hidden"], media: MediaBatch | None
+    ) -> Float[Tensor, "batch seq hidden"]:
         """The embedded sequences with the media's states in their places."""
+        if self.runs_always:
+            media = (media or MediaBatch()).with_blanks(self.options, x)
+        if media is None:
+            return x
         if media.images is not None:
             assert media.image_slots is not None
             x = _placed(x, self.image_projector(self.image_encoder(media.images)), media.image_slots)
