@@ -117,6 +117,7 @@ class Learner:
                 document_ids=batch.document_ids,
                 source_groups=batch.source_groups,
                 harm_labels=batch.harm_labels,
+                media=batch.media,
             )
             assert output.loss_sum is not None
             objective = sum(output.aux_losses.values(), output.loss_sum)

@@ -146,7 +146,7 @@ def held_out_loss(stage: Stage, learner: Learner) -> float:
     loader = ValidationLoader(stage.manifest, stage.config, rank=context.rank, world_size=context.world_size)
 
     def forward(batch: Batch) -> ModelOutput:
-        return learner.forward(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)
+        return learner.forward(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids, media=batch.media)
 
     return validation_loss(forward, loader, context.device, all_reduce_sum).loss
 

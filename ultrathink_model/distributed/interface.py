@@ -131,6 +131,6 @@ class Strategy(ABC):
 
     def _move_to_device(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, MediaEncoder) and any(weight.requires_grad for weight in module.parameters()):
+            if isinstance(module, MediaEncoder):
                 module.runs_always = self.name != "single"
         return model.to(self.context.device) if self.context.device != torch.device("cpu") else model

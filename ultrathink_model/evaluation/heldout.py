@@ -83,7 +83,9 @@ def score_split(model: Transformer, loader: Iterable[Batch], bins: int) -> HeldO
     parts = []
     for batch in loader:
         moved = batch.to(device)
-        parts.append(_row_sums(score_tokens(model, moved.input_ids, moved.labels, moved.document_ids), bins))
+        parts.append(
+            _row_sums(score_tokens(model, moved.input_ids, moved.labels, moved.document_ids, media=moved.media), bins)
+        )
     nats, tokens, tables = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return HeldOutScores(nats, tokens, tables)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ultrathink_model.data.pack import IGNORED
+from ultrathink_model.media.batch import MediaBatch
 from ultrathink_model.models.transformer import Transformer
 
 
@@ -36,6 +37,7 @@ def score_tokens(
     labels: Int[Tensor, "batch seq"],
     document_ids: Int[Tensor, "batch seq"] | None = None,
     attention_mask: Bool[Tensor, "batch seq"] | None = None,
+    media: MediaBatch | None = None,
 ) -> TokenScores:
     """Scores of the labels that are not -100; logits are held for `training.loss_chunk_size` tokens at a time.
 
@@ -45,8 +47,11 @@ def score_tokens(
         labels: Target of each position, already shifted.
         document_ids: As the model takes them.
         attention_mask: False at padding.
+        media: Images and sounds that some of the tokens stand for.
     """
-    hidden = model(input_ids, document_ids=document_ids, attention_mask=attention_mask, return_logits=False).hidden
+    hidden = model(
+        input_ids, document_ids=document_ids, attention_mask=attention_mask, return_logits=False, media=media
+    ).hidden
     size = model.config.training.loss_chunk_size
     parts = [
         _score(F.linear(states, model.output_weight).float(), targets)
