@@ -2,8 +2,6 @@
 
 from ultrathink_model.config.multimodal import MultimodalConfig
 
-# What stands for each modality in a text; expanded to as many copies as the medium has tokens.
-IMAGE_TOKEN, AUDIO_TOKEN = MEDIA_TOKENS = ("<image>", "<audio>")
 FRAMES_PER_SECOND = 100
 # The audio encoder's second convolution leaves a state for every second frame.
 FRAMES_PER_STATE = 2

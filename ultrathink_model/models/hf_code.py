@@ -22,7 +22,7 @@ ANNOTATIONS = '''"""Names that the other files use in annotations only."""
 
 from typing import Any
 
-Config = Any
+Config = MultimodalConfig = Any
 ReasoningPath = str
 
 

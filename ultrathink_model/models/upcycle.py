@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ultrathink_model.config import Config
 from ultrathink_model.errors import CheckpointError
-from ultrathink_model.media.counts import MEDIA_TOKENS
+from ultrathink_model.media.placeholders import MEDIA_TOKENS
 from ultrathink_model.models.hf import copy_weight, read_model_config, read_weights
 from ultrathink_model.models.hf_config import expert_width
 from ultrathink_model.models.model_folder import existing_folder

@@ -8,7 +8,7 @@ import tokenizers
 import torch
 
 from ultrathink_model.errors import CheckpointError
-from ultrathink_model.media.counts import MEDIA_TOKENS
+from ultrathink_model.media.placeholders import MEDIA_TOKENS
 from ultrathink_model.models.hf import load_model, save_model
 from ultrathink_model.models.upcycle import initialise_from
 
