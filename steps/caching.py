@@ -67,7 +67,7 @@ def evaluation_code() -> str:
 
 def export_code() -> str:
     """Hash of the code that exports."""
-    return hash_code((*MODEL_CODE, "evaluation", "tracking", "training", "export"))
+    return hash_code((*MODEL_CODE, "planning", "evaluation", "tracking", "training", "alignment", "export"))
 
 
 def report_code() -> str:

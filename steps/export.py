@@ -7,7 +7,7 @@ from zenml import step
 
 from steps.caching import EXPORT
 from steps.references import EvaluationReference, ExportReference, StageReference, hash_files, publish
-from ultrathink_model.export.huggingface import export_model
+from ultrathink_model.export.export import export_model
 from ultrathink_model.workflow import StepPlan
 
 FOLDER_NAME = "export"
@@ -17,7 +17,7 @@ FOLDER_NAME = "export"
 def export(
     plan: StepPlan, stage: StageReference, evaluation: EvaluationReference
 ) -> Annotated[ExportReference, "export"]:
-    """Exports a stage's model as a Hugging Face folder that was loaded once in a clean process.
+    """Exports a stage's model in the formats of `export.formats`, each loaded once in a clean process.
 
     Args:
         plan: Names the workflow's folder, which the export goes into.
@@ -26,7 +26,7 @@ def export(
     """
     folder = Path(plan.folder)
     print(f"{plan.title}: {folder / FOLDER_NAME}", flush=True)
-    export_model(stage.fetch().final_model, folder / FOLDER_NAME)
+    export_model(stage.fetch().final_model, folder / FOLDER_NAME, plan.config.export)
     return ExportReference(
         **publish(plan, folder, (FOLDER_NAME,)), files=(FOLDER_NAME,), sha256=hash_files(folder, (FOLDER_NAME,))
     )

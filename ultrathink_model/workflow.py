@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ultrathink_model.config import Config, load_config
 from ultrathink_model.config.constitutional import ConstitutionalConfig
+from ultrathink_model.config.export import ExportConfig, check_formats
 from ultrathink_model.config.model import DREConfig, MoEConfig
 from ultrathink_model.config.profiles import profile_path, resolve_profile
 from ultrathink_model.config.rlhf import RLHFConfig
@@ -212,6 +213,10 @@ def plan_workflow(
         if not name.startswith("evaluate_"):
             # What was trained stays valid when a gate moves, or the finished model is measured in another way.
             step_config = step_config.model_copy(update={"evaluation": step_config.evaluation.while_training()})
+        if name == "export":
+            check_formats(step_config)
+        else:
+            step_config = step_config.model_copy(update={"export": ExportConfig()})
         steps[name] = StepPlan(
             name=name,
             number=number,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ultrathink_model.errors import CheckpointError
-from ultrathink_model.export.huggingface import export_model
+from ultrathink_model.export.export import export_model
 
 
 def export_that_stands(folder):

@@ -5,6 +5,7 @@ import yaml
 from huggingface_hub import ModelCard as HubCard
 
 from ultrathink_model.config import override_config
+from ultrathink_model.config.export import ExportConfig
 from ultrathink_model.evaluation.result import EvaluationResult, Sample
 from ultrathink_model.export.lineage import count_parameters, describe_model
 from ultrathink_model.export.model_card import ModelCard, SourceFacts, StageFacts, render_model_card
@@ -105,7 +106,7 @@ def test_lineage_follows_the_models_that_each_run_began_from(make_run):
         "aligned", baseline, ["advanced.enable_rlhf=true", "rlhf.prompt_tokens=8", "rlhf.response_tokens=8"]
     )
     EVALUATION.save(RunFolder(aligned.parent).evaluation_file)
-    card = describe_model(aligned)
+    card = describe_model(aligned, ExportConfig())
     assert [(stage.name, stage.kind, stage.steps) for stage in card.stages] == [
         ("baseline", "pretraining", 6),
         ("aligned", "alignment (ppo)", 6),
@@ -117,7 +118,7 @@ def test_lineage_follows_the_models_that_each_run_began_from(make_run):
 
 def test_lineage_of_a_folder_that_no_run_made_is_the_folder_alone(make_run, tmp_path):
     final_model = make_run("run").rename(tmp_path / "alone")
-    card = describe_model(final_model)
+    card = describe_model(final_model, ExportConfig())
     assert (card.name, card.evaluation) == ("alone", None)
     assert not card.stages
     assert not card.sources

@@ -20,10 +20,9 @@ from ultrathink_model.distributed.context import RankContext, all_reduce_sum
 from ultrathink_model.errors import TrainingStoppedError
 from ultrathink_model.evaluation.perplexity import validation_loss
 from ultrathink_model.models.transformer import ModelOutput
-from ultrathink_model.tracking.metrics import read_metrics
 from ultrathink_model.tracking.run_folder import RunFolder
 from ultrathink_model.training.checkpoint import CheckpointManifest, RunPosition, save_checkpoint
-from ultrathink_model.training.result import StageResult
+from ultrathink_model.training.result import StageResult, finish_run
 from ultrathink_model.training.resume import ResumePoint, claim_folder, resume_point
 from ultrathink_model.training.retention import prune
 from ultrathink_model.training.rng import repeatable_kernels, seed_generators
@@ -152,21 +151,5 @@ def held_out_loss(stage: Stage, learner: Learner) -> float:
 
 
 def write_result(stage: Stage, steps: int, tokens: int) -> StageResult:
-    """Writes `result.json` with the last value of each metric, and marks the run as finished; rank 0 alone calls it."""
-    last: dict[str, float] = {}
-    for row in read_metrics(stage.folder.metrics_file):
-        last |= row
-    record = stage.folder.record()
-    result = StageResult(
-        name=stage.run_name,
-        output_dir=str(stage.folder.path.resolve()),
-        final_model=str(stage.folder.final_model.resolve()),
-        steps=steps,
-        tokens=tokens,
-        metrics={name: value for name, value in last.items() if "/" in name},
-        mlflow_run_id=record.mlflow_run_id if record else None,
-        data_manifest=str(stage.manifest.path),
-    )
-    result.save()
-    stage.folder.set_status("finished")
-    return result
+    """Writes `result.json` and marks the run as finished; rank 0 alone calls it."""
+    return finish_run(stage.folder, stage.context, stage.run_name, steps, tokens, stage.manifest.path)

@@ -6,6 +6,7 @@ from ultrathink_model.config.cleaning import CleaningConfig
 from ultrathink_model.config.constitutional import ConstitutionalConfig
 from ultrathink_model.config.data import DataConfig
 from ultrathink_model.config.evaluation import EvaluationConfig
+from ultrathink_model.config.export import ExportConfig
 from ultrathink_model.config.model import AdvancedConfig, DREConfig, ModelConfig, MoEConfig
 from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.config.rlhf import RLHFConfig
@@ -37,6 +38,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured, and when.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Metrics and messages.")
     output: OutputConfig = Field(OutputConfig(), description="Where the run writes.")
+    export: ExportConfig = Field(ExportConfig(), description="What the export holds.")
 
     @model_validator(mode="after")
     def _heads_fit_the_width(self) -> "Config":

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
@@ -30,12 +31,57 @@ class SourceFacts(Facts):
 
 
 class StageFacts(Facts):
-    """A stage of training; `tokens` is zero where a stage does not count them."""
+    """A stage of training; what is zero or empty is not known.
+
+    Attributes:
+        name: Its run's name.
+        kind: What it did.
+        steps: Optimizer steps.
+        tokens: Tokens that it trained on.
+        seconds: What it took.
+        device: Name of its devices.
+        devices: How many of them there were.
+        watts: Power of one.
+        price: US dollars for an hour of one; None where it has no price.
+    """
 
     name: str
     kind: str
     steps: int
     tokens: int
+    seconds: float = 0.0
+    device: str = ""
+    devices: int = 1
+    watts: float = 0.0
+    price: float | None = None
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all its devices together."""
+        return self.seconds * self.devices / 3600
+
+    @property
+    def energy(self) -> float:
+        """Kilowatt-hours, as if every device drew its whole power all the time."""
+        return self.device_hours * self.watts / 1000
+
+
+class FileFacts(Facts):
+    """An exported file beside the Hugging Face folder.
+
+    Attributes:
+        format: Its format, as `export.formats` spells it.
+        path: Where it lies in the export.
+        bytes: Its size, and that of weights that lie beside it.
+        sha256: Hash over all that.
+        loss: Loss on held-out tokens in nats; None where it was not measured.
+    """
+
+    format: str
+    path: str
+    bytes: int
+    sha256: str
+    loss: float | None = None
 
 
 class ModelCard(Facts):
@@ -51,6 +97,10 @@ class ModelCard(Facts):
         sources: What it was trained on.
         evaluation: How it did on held-out text.
         needs_code: Whether it loads only with the code that lies in its folder.
+        carbon_intensity: Kilograms of CO2 equivalent per kWh.
+        files: Further formats.
+        files_loss: The model's own loss on the tokens that theirs was measured on.
+        files_loss_tokens: How many these are.
     """
 
     name: str
@@ -62,6 +112,28 @@ class ModelCard(Facts):
     sources: Sequence[SourceFacts] = ()
     evaluation: EvaluationResult | None = None
     needs_code: bool = False
+    carbon_intensity: float = 0.0
+    files: Sequence[FileFacts] = ()
+    files_loss: float | None = None
+    files_loss_tokens: int = 0
+
+    @property
+    def timed_stages(self) -> list[StageFacts]:
+        """The stages whose time and devices are known."""
+        return [stage for stage in self.stages if stage.seconds and stage.device]
+
+    @property
+    def energy(self) -> float:
+        """Kilowatt-hours of all these stages."""
+        return sum(stage.energy for stage in self.timed_stages)
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars for all these stages; None where one's devices have no price."""
+        prices = [stage.price for stage in self.timed_stages]
+        if None in prices or not prices:
+            return None
+        return sum(stage.device_hours * (stage.price or 0) for stage in self.timed_stages)
 
 
 def write_model_card(folder: Path, card: ModelCard) -> Path:
@@ -127,7 +199,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": _cell, "fenced": _fenced, "megabytes": lambda size: f"{size / 1e6:,.1f} MB"}
+    environment.filters |= {
+        "cell": _cell,
+        "fenced": _fenced,
+        "megabytes": lambda size: f"{size / 1e6:,.1f} MB",
+        "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
+    }
     return environment
 
 

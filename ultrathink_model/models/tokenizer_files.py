@@ -9,7 +9,8 @@ from ultrathink_model.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
-OPTIONAL_FILES = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+OPTIONAL_FILES = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ class Device:
         memory_gib: Memory that a process can use.
         tflops: Peak of dense matrix products under mixed precision, in 10¹² operations a second.
         tflops_fp32: The same in float32.
+        watts: Most power that it draws.
         price: US dollars an hour for one in a large cloud, on demand; None where none rents it out.
     """
 
@@ -23,27 +24,28 @@ class Device:
     memory_gib: float
     tflops: float
     tflops_fp32: float
+    watts: float
     price: float | None = None
 
 
-# Speeds from NVIDIA's data sheets, without sparsity. Prices: AWS and Google Cloud lists for the United States, 2025,
+# Speeds and powers from NVIDIA's data sheets, without sparsity. Prices: AWS and Google Cloud lists for the United States, 2025,
 # the instance's price over its accelerators; they move, so `--price` overrides them.
 DEVICES = {
-    "gtx-1080-ti": Device("NVIDIA GTX 1080 Ti", "GTX 1080 Ti", 11, 11.3, 11.3),
-    "rtx-3090": Device("NVIDIA RTX 3090", "RTX 3090", 24, 71, 35.6),
-    "rtx-4090": Device("NVIDIA RTX 4090", "RTX 4090", 24, 165, 82.6),
-    "t4": Device("NVIDIA T4", "T4", 15, 65, 8.1, 0.53),
-    "v100": Device("NVIDIA V100 16 GB", "V100", 16, 125, 15.7, 3.06),
-    "l4": Device("NVIDIA L4", "L4", 22.5, 121, 30.3, 0.71),
-    "l40s": Device("NVIDIA L40S", "L40S", 45, 362, 91.6, 1.86),
-    "a10": Device("NVIDIA A10", "A10", 22.5, 125, 31.2),
-    "a10g": Device("NVIDIA A10G", "A10G", 22.5, 70, 31.2, 1.01),
-    "a100-40gb": Device("NVIDIA A100 40 GB", "A100", 40, 312, 19.5, 4.10),
-    "a100-80gb": Device("NVIDIA A100 80 GB", "A100", 80, 312, 19.5, 5.12),
-    "h100-pcie": Device("NVIDIA H100 PCIe 80 GB", "H100 PCIe", 80, 756, 51),
-    "h100": Device("NVIDIA H100 SXM 80 GB", "H100", 80, 989, 67, 6.88),
-    "h200": Device("NVIDIA H200", "H200", 141, 989, 67, 7.91),
-    "b200": Device("NVIDIA B200", "B200", 180, 2250, 75),
+    "gtx-1080-ti": Device("NVIDIA GTX 1080 Ti", "GTX 1080 Ti", 11, 11.3, 11.3, 250),
+    "rtx-3090": Device("NVIDIA RTX 3090", "RTX 3090", 24, 71, 35.6, 350),
+    "rtx-4090": Device("NVIDIA RTX 4090", "RTX 4090", 24, 165, 82.6, 450),
+    "t4": Device("NVIDIA T4", "T4", 15, 65, 8.1, 70, 0.53),
+    "v100": Device("NVIDIA V100 16 GB", "V100", 16, 125, 15.7, 300, 3.06),
+    "l4": Device("NVIDIA L4", "L4", 22.5, 121, 30.3, 72, 0.71),
+    "l40s": Device("NVIDIA L40S", "L40S", 45, 362, 91.6, 350, 1.86),
+    "a10": Device("NVIDIA A10", "A10", 22.5, 125, 31.2, 150),
+    "a10g": Device("NVIDIA A10G", "A10G", 22.5, 70, 31.2, 300, 1.01),
+    "a100-40gb": Device("NVIDIA A100 40 GB", "A100", 40, 312, 19.5, 400, 4.10),
+    "a100-80gb": Device("NVIDIA A100 80 GB", "A100", 80, 312, 19.5, 400, 5.12),
+    "h100-pcie": Device("NVIDIA H100 PCIe 80 GB", "H100 PCIe", 80, 756, 51, 350),
+    "h100": Device("NVIDIA H100 SXM 80 GB", "H100", 80, 989, 67, 700, 6.88),
+    "h200": Device("NVIDIA H200", "H200", 141, 989, 67, 700, 7.91),
+    "b200": Device("NVIDIA B200", "B200", 180, 2250, 75, 1000),
 }
 
 

@@ -37,15 +37,15 @@ RUN_FILES = (
     "profile",
 )
 
-# These decide how a run is watched or carried out, not what it computes.
-NOT_PART_OF_IDENTITY = ("logging", "distributed", "promotion")
+# These decide how a run is watched or carried out, or what is made of its model, not what it computes.
+NOT_PART_OF_IDENTITY = ("logging", "distributed", "promotion", "export")
 NOT_PART_OF_DATA = ("allow_changed", "executor", "executor_workers", "slurm_partition", "slurm_time")
 
 
 class RunIdentity(BaseModel):
     """What makes two starts the same run: its name, its first weights, its config and its prepared data.
 
-    The config counts without `logging`, `distributed`, `promotion`, `training.resume` and what only a finished model is
+    The config counts without `logging`, `distributed`, `promotion`, `export`, `training.resume` and what only a finished model is
     evaluated with, so that a run can go on with another log level, on another number of ranks, from a checkpoint named
     by path, or under another gate.
     """
@@ -69,14 +69,31 @@ class RunIdentity(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """The content of `run.json`."""
+    """The content of `run.json`; times are seconds since 1970.
+
+    Attributes:
+        identity: What makes it this run.
+        run_name: Its name.
+        status: How it stands.
+        started_at: When it was first started.
+        updated_at: When this was written.
+        resumed_at: When it was last started.
+        earlier_seconds: What it ran before that, pauses left out.
+        mlflow_run_id: The MLflow run that tracks it.
+    """
 
     identity: RunIdentity
     run_name: str
     status: RunStatus
     started_at: float
     updated_at: float
+    resumed_at: float | None = None
+    earlier_seconds: float = 0.0
     mlflow_run_id: str | None = None
+
+    def seconds(self, until: float) -> float:
+        """What the run took up to a time, pauses between its starts left out."""
+        return self.earlier_seconds + max(0.0, until - (self.resumed_at or self.started_at))
 
 
 class RunFolder:
@@ -144,6 +161,8 @@ class RunFolder:
                 status="running",
                 started_at=record.started_at if record else now,
                 updated_at=now,
+                resumed_at=now,
+                earlier_seconds=record.seconds(self._last_sign(record)) if record else 0.0,
                 mlflow_run_id=record.mlflow_run_id if record else None,
             )
         )
@@ -157,6 +176,11 @@ class RunFolder:
     def set_mlflow_run_id(self, run_id: str) -> None:
         """Notes in `run.json` the MLflow run that tracks this one."""
         self._update(mlflow_run_id=run_id)
+
+    def _last_sign(self, record: RunRecord) -> float:
+        """When a run was last alive, as far as its files tell: one that was killed could not note it."""
+        metrics = self.metrics_file
+        return max(record.updated_at, metrics.stat().st_mtime if metrics.is_file() else 0.0)
 
     def _update(self, **changes: str) -> None:
         with self._lock:

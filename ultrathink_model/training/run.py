@@ -13,14 +13,14 @@ from ultrathink_model.data import DataManifest, global_batch_size
 from ultrathink_model.distributed.context import RankContext, init_distributed
 from ultrathink_model.errors import TrainingStoppedError
 from ultrathink_model.models.hf import save_model
-from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
+from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.progress import Progress
 from ultrathink_model.tracking.run_folder import RunFolder, write_atomically
 from ultrathink_model.training.assembly import make_trainer
 from ultrathink_model.training.callbacks.metrics import MetricsCallback
 from ultrathink_model.training.callbacks.routing import routing_tables
 from ultrathink_model.training.memory import explained_memory
-from ultrathink_model.training.result import StageResult
+from ultrathink_model.training.result import StageResult, finish_run
 from ultrathink_model.training.resume import claim_folder, resume_point
 from ultrathink_model.training.rng import repeatable_kernels
 from ultrathink_model.training.session import ALONE, StagePlace, mlflow_run, noted_ending, on_main
@@ -73,7 +73,10 @@ def train(
                         "same command again to go on."
                     )
                 _write_model(trainer, manifest, folder)
-            return on_main(context, lambda: _write_result(trainer, manifest, folder, run_name))
+            done = trainer.position
+            return on_main(
+                context, lambda: finish_run(folder, context, run_name, done.step, done.tokens, manifest.path)
+            )
 
 
 @contextmanager
@@ -121,23 +124,3 @@ def _write_model(trainer: Trainer, manifest: DataManifest, folder: RunFolder) ->
         logger.info("wrote %s", folder.final_model)
 
     on_main(trainer.strategy.context, write)
-
-
-def _write_result(trainer: Trainer, manifest: DataManifest, folder: RunFolder, run_name: str) -> StageResult:
-    last: dict[str, float] = {}
-    for row in read_metrics(folder.metrics_file):
-        last |= row
-    record = folder.record()
-    result = StageResult(
-        name=run_name,
-        output_dir=str(folder.path.resolve()),
-        final_model=str(folder.final_model.resolve()),
-        steps=trainer.position.step,
-        tokens=trainer.position.tokens,
-        metrics={name: value for name, value in last.items() if "/" in name},
-        mlflow_run_id=record.mlflow_run_id if record else None,
-        data_manifest=str(manifest.path),
-    )
-    result.save()
-    folder.set_status("finished")
-    return result
