@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[setup 2/3] the installer"
 	@$(BIN)/pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
 	@echo "[setup 3/3] about 200 packages (1 to 5 minutes when nothing is cached)"
-	@$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[deepspeed,cleaning,multimodal,evaluation,dev]'
+	@$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[deepspeed,cleaning,multimodal,evaluation,export,serve,dev]'
 	@touch $@
 	@echo "Ready: $(BIN)/python run.py --help"
 

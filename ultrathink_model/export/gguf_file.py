@@ -1,6 +1,7 @@
 """GGUF, the format of llama.cpp: a model and its tokenizer in one file, for the architectures that llama.cpp has."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ultrathink_model.models.weight_files import WeightFiles
 
 # Numbers that share a scale in Q8_0; matrices whose rows are no multiple of it stay in float32, as llama.cpp has it.
 BLOCK = 32
+EXPERT = re.compile(r"\.experts\.\d+\.")
 # How llama.cpp calls the patterns by which a tokenizer cuts text into words. It has its own code for each.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -154,9 +156,8 @@ class _Weights:
         for source in self._files:
             if source == "lm_head.weight" and config.model.tie_embeddings:
                 continue
-            parts = source.split(".")
-            merged = [part for part in parts if not part.isdigit() or "experts" not in parts[: parts.index(part)]]
-            self._sources.setdefault(self._name_of(".".join(merged), folder), []).append(source)
+            name = self._name_of(EXPERT.sub(".experts.", source), folder)
+            self._sources.setdefault(name, []).append(source)
         for sources in self._sources.values():
             sources.sort(key=lambda source: [int(part) for part in source.split(".") if part.isdigit()])
 
