@@ -3,6 +3,9 @@
 python run.py --workflow prototype
 python run.py --workflow production --profile small --override training.max_steps=2000
 python run.py plan --profile large --device a100-80gb --ranks 8
+python run.py export outputs/tiny_model/prototype/pretrain/final_model exported --override 'export.formats=[gguf]'
+python run.py chat
+python run.py serve
 python run.py doctor
 """
 
@@ -23,6 +26,9 @@ WORKFLOWS = {
 # Commands beside the workflows, each with flags of its own (`run.py plan --help`).
 COMMANDS = {
     "plan": ("ultrathink_model.planning.command", ("pydantic", "yaml")),
+    "export": ("ultrathink_model.export.command", ("pydantic", "yaml", "torch", "transformers")),
+    "chat": ("ultrathink_model.serving.chat", ("pydantic", "yaml", "torch", "transformers")),
+    "serve": ("ultrathink_model.serving.serve", ("pydantic", "yaml", "torch", "transformers")),
     "doctor": ("ultrathink_model.doctor", ("pydantic", "yaml", "psutil", "packaging")),
 }
 PROFILES = ("auto", "tiny", "small", "medium", "large")

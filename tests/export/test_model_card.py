@@ -8,10 +8,11 @@ from ultrathink_model.config import override_config
 from ultrathink_model.config.export import ExportConfig
 from ultrathink_model.evaluation.result import EvaluationResult, Sample
 from ultrathink_model.export.lineage import count_parameters, describe_model
-from ultrathink_model.export.model_card import ModelCard, SourceFacts, StageFacts, render_model_card
+from ultrathink_model.export.model_card import FileFacts, ModelCard, SourceFacts, StageFacts, render_model_card
 from ultrathink_model.models.hf import read_model_config
 from ultrathink_model.models.weight_files import WeightFiles
 from ultrathink_model.tracking.run_folder import RunFolder
+from ultrathink_model.training.result import load_result
 
 EVALUATION = EvaluationResult(
     metrics={
@@ -139,3 +140,49 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet(make
     idle = shape.num_layers * (moe.num_experts - moe.moe_top_k) * 3 * shape.hidden_size * width
     assert total == sum(weight.numel() for weight in WeightFiles(final_model).values())
     assert active == total - idle
+
+
+def test_energy_carbon_and_cost_are_reckoned_from_the_stages(card):
+    stage = StageFacts(
+        name="base", kind="pretraining", steps=1, tokens=1, seconds=7200, device="NVIDIA H100", devices=4
+    )
+    stages = [
+        stage.model_copy(update={"watts": 700.0, "price": 2.5}),
+        stage.model_copy(update={"name": "untimed", "seconds": 0}),
+    ]
+    text = render_model_card(card.model_copy(update={"stages": stages, "carbon_intensity": 0.5}))
+    assert "base: 8 hours of NVIDIA H100 (4 of them), at 700 W each" in text
+    assert "5.6 kWh" in text
+    assert "**2.8 kg**" in text
+    assert "**$20.00**" in text
+    assert "untimed:" not in text
+    unpriced = stages[0].model_copy(update={"price": None})
+    assert "`export.device_price` sets one" in render_model_card(card.model_copy(update={"stages": [unpriced]}))
+    assert "Energy" not in render_model_card(card)
+
+
+def test_other_formats_are_listed_with_the_loss_of_int8_weights(card):
+    files = [
+        FileFacts(format="gguf", path="gguf/model-F32.gguf", bytes=4_000_000, sha256="a"),
+        FileFacts(format="gguf_int8", path="gguf/model-Q8_0.gguf", bytes=1_100_000, sha256="b", loss=1.5012),
+    ]
+    measured = {"files": files, "files_loss": 1.5, "files_loss_tokens": 8192}
+    text = render_model_card(card.model_copy(update=measured))
+    assert "| `gguf/model-F32.gguf` | gguf | 4.0 MB | 1.50000 |" in text
+    assert "| `gguf/model-Q8_0.gguf` | gguf\\_int8 | 1.1 MB | 1.50120 (+0.00120) |" in text
+    assert "8,192 held-out tokens" in text
+    bare = render_model_card(card.model_copy(update={"files": files[:1]}))
+    assert "| `gguf/model-F32.gguf` | gguf | 4.0 MB |\n" in bare
+    assert "held-out tokens, each read" not in bare
+
+
+def test_lineage_reckons_with_the_settings_or_the_data_sheet(make_run):
+    final_model = make_run("run")
+    result = load_result(final_model.parent)
+    result.model_copy(update={"seconds": 60.0, "device": "NVIDIA A100-SXM4-80GB"}).save()
+    sheet = describe_model(final_model, ExportConfig()).stages[0]
+    assert (sheet.seconds, sheet.watts, sheet.price) == (60.0, 400, 4.10)
+    settings = ExportConfig(device_watts=100, device_price=0.5, licence="mit", carbon_intensity=0.1)
+    card = describe_model(final_model, settings)
+    assert (card.stages[0].watts, card.stages[0].price) == (100, 0.5)
+    assert (card.licence, card.carbon_intensity) == ("mit", 0.1)

@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 
@@ -42,7 +44,23 @@ def test_same_run_goes_on_and_keeps_its_files_and_mlflow_run(folder, tiny_config
     assert not (folder.path / "previous").exists()
 
 
-@pytest.mark.parametrize("override", ["logging.log_steps=7", "distributed.enabled=true", "training.resume=somewhere"])
+def test_time_leaves_out_the_pause_before_a_killed_run_went_on(folder, tiny_config):
+    begin(folder, tiny_config)
+    record = json.loads(folder.run_file.read_text())
+    now = time.time()
+    # Begun an hour ago, last heard of ten minutes later, and killed.
+    times = {"started_at": now - 3600, "resumed_at": now - 3600, "updated_at": now - 3600}
+    folder.run_file.write_text(json.dumps(record | times))
+    folder.metrics_file.write_text("{}\n")
+    os.utime(folder.metrics_file, (now - 3000, now - 3000))
+    assert begin(folder, tiny_config)
+    assert folder.record().seconds(time.time() + 60) == pytest.approx(660, abs=10)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["logging.log_steps=7", "distributed.enabled=true", "training.resume=somewhere", "export.formats=[onnx]"],
+)
 def test_what_does_not_change_the_result_does_not_make_another_run(folder, tiny_config, override):
     begin(folder, tiny_config)
     assert begin(folder, override_config(tiny_config, [override]))

@@ -11,6 +11,8 @@ from ultrathink_model.errors import ConfigError
 DEFAULT_FILE = CONFIG_FOLDER / "constitution.yaml"
 # How a conversation is laid out for a model that was not trained on any particular layout.
 PERSON, MODEL = "Human:", "Assistant:"
+# What begins somebody's turn on a new line.
+TURNS = (PERSON, MODEL, "Task:", "Critique:", "Revision:")
 
 
 class Principle(BaseModel):
@@ -91,6 +93,6 @@ def harm_text(text: str, first: str, second: str) -> str:
 def cut_answer(text: str) -> str:
     """What a model wrote up to where it begins to speak for somebody else; nothing where it does so at once."""
     text = f"\n{text.lstrip()}"
-    for mark in (PERSON, MODEL, "Task:", "Critique:", "Revision:"):
+    for mark in TURNS:
         text = text.split(f"\n{mark}", maxsplit=1)[0]
     return text.strip()

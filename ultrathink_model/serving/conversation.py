@@ -1,0 +1,167 @@
+"""Conversations with a model: what was said laid out as a prompt, and the answer as it is written."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultrathink_model.alignment.constitution import TURNS
+from ultrathink_model.export.huggingface import CHAT_TEMPLATE, has_chat_template
+from ultrathink_model.models.generation import generation_steps
+from ultrathink_model.models.guard import Guard
+from ultrathink_model.models.hf import load_model
+from ultrathink_model.models.tokenizer_files import special_ids
+
+REFUSAL = " I would rather not go on with this."
+
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: Most tokens of an answer; at most half of the model's length, so that a question fits before it.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Probability mass that tokens are drawn from.
+        seed: Decides the draws; None draws anew each time.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer; `guarded` once the guard has taken the word."""
+
+    text: str
+    guarded: bool = False
+
+
+@dataclass
+class Conversation:
+    """A model that answers messages.
+
+    Args:
+        folder: The model's folder.
+        sampling: How it answers.
+        guard_threshold: Probability of harm above which the guard takes the word; None leaves the guard out. A model
+            without a harm head has none.
+        device: Where it computes.
+
+    Raises:
+        CheckpointError: The folder holds no model.
+    """
+
+    folder: Path
+    sampling: Sampling = field(default_factory=Sampling)
+    guard_threshold: float | None = 0.5
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
+
+        self.model = load_model(self.folder, self.device).eval()
+        # The tokenizer is a file of the tokenizers library: it brings no code.
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
+        self._has_own_template = has_chat_template(self.folder)
+        ids = special_ids(self.folder)
+        self._eos, self._pad = ids.get("eos_token_id"), ids.get("pad_token_id", 0)
+        self._generator = torch.Generator()
+        if self.sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(self.sampling.seed)
+
+    @property
+    def has_guard(self) -> bool:
+        """Whether answers are watched."""
+        return self.model.harm_head is not None and self.guard_threshold is not None
+
+    def answer(self, messages: Messages) -> Iterator[Piece]:
+        """What the model says next, piece by piece, each whole characters.
+
+        Args:
+            messages: Each with `role` (`system`, `user` or `assistant`) and `content`. Where they are too long for the
+                model, the oldest are left out, and of a single one its beginning.
+        """
+        longest = self.model.config.model.max_seq_length
+        new_tokens = min(self.sampling.max_new_tokens, longest // 2)
+        prompt = self._prompt(messages, longest - new_tokens)
+        pieces = self._written(prompt, new_tokens)
+        # A model of ours may go on with the other's turn; a template with tokens of its own has one that ends a turn.
+        yield from pieces if self._has_foreign_template else cut_at(pieces, [f"\n{name}" for name in TURNS])
+
+    @property
+    def _has_foreign_template(self) -> bool:
+        return self._has_own_template and self._tokenizer.chat_template != CHAT_TEMPLATE
+
+    def _prompt(self, messages: Messages, room: int) -> list[int]:
+        kept = list(messages)
+        while True:
+            ids: list[int] = self._tokenizer(self._laid_out(kept), add_special_tokens=False).input_ids
+            if len(ids) <= room or len(kept) == 1:
+                return ids[-room:]
+            del kept[0]
+
+    def _laid_out(self, messages: Messages) -> str:
+        template = None if self._has_own_template else CHAT_TEMPLATE
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    def _written(self, prompt: list[int], new_tokens: int) -> Iterator[Piece]:
+        from tokenizers.decoders import DecodeStream  # noqa: PLC0415
+
+        decoded = DecodeStream(skip_special_tokens=True)
+        steps = generation_steps(
+            self.model,
+            torch.tensor([prompt], device=self.device),
+            max_new_tokens=new_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            stop_token_ids=[] if self._eos is None else [self._eos],
+            pad_token_id=self._pad,
+            generator=self._generator,
+            guard=self._guard(),
+        )
+        for new in steps:
+            if not new.active[0]:
+                return
+            text = decoded.step(self._tokenizer.backend_tokenizer, int(new.tokens[0]))
+            if text:
+                yield Piece(text, new.guarded is not None and bool(new.guarded[0]))
+
+    def _guard(self) -> Guard | None:
+        if not self.has_guard:
+            return None
+        assert self.guard_threshold is not None
+        redirect = self._tokenizer(REFUSAL, add_special_tokens=False).input_ids
+        return Guard(threshold=self.guard_threshold, redirect=redirect)
+
+
+def cut_at(pieces: Iterable[Piece], marks: Sequence[str]) -> Iterator[Piece]:
+    """The pieces up to the first of the marks; what may yet become one is held back."""
+    held, guarded = "", False
+    for piece in pieces:
+        held, guarded = held + piece.text, piece.guarded
+        places = [held.find(mark) for mark in marks if mark in held]
+        if places:
+            yield Piece(held[: min(places)], guarded)
+            return
+        waiting = max(
+            (size for mark in marks for size in range(1, len(mark)) if held.endswith(mark[:size])),
+            default=0,
+        )
+        ready, held = held[: len(held) - waiting], held[len(held) - waiting :]
+        if ready:
+            yield Piece(ready, guarded)
+    if held:
+        yield Piece(held, guarded)

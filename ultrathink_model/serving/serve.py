@@ -1,0 +1,121 @@
+"""`run.py serve`: a model behind OpenAI's interface, by `transformers serve` or vLLM."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ultrathink_model.command_line import ArgumentParser
+from ultrathink_model.errors import CheckpointError, ConfigError
+from ultrathink_model.export.extras import require_all
+from ultrathink_model.export.huggingface import CHAT_TEMPLATE, has_chat_template
+from ultrathink_model.models.hf import read_model_config
+from ultrathink_model.models.hf_config import is_own_architecture
+from ultrathink_model.serving.model_choice import find_model
+
+ADDRESS = "127.0.0.1"
+ENGINES = ("auto", "transformers", "vllm")
+PACKAGES = ["fastapi", "uvicorn", "openai", "accelerate"]
+
+
+def make_parser() -> ArgumentParser:
+    """The flags of `run.py serve`."""
+    parser = ArgumentParser(prog="run.py serve", description=__doc__ or "")
+    model = "a model's or a run's folder; the model of the run that finished last, by default"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=model)
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help=f"on {ADDRESS} (8000)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, …; a GPU where there is one, by default")
+    engine = "auto (the default) takes vllm where it is installed, there is a GPU and the architecture is its own"
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help=engine)
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Serves until it is stopped.
+
+    Raises:
+        CheckpointError: There is no such model, or its folder's name cannot be a model's name.
+        ConfigError: vLLM has no such architecture.
+        DependencyError: The engine is not installed.
+    """
+    given = make_parser().parse_args(arguments)
+    folder = find_model(given.model).resolve()
+    if "@" in folder.name or ":" in folder.name:
+        raise CheckpointError(f"{folder}: the server reads @ and : in a model's name otherwise; rename the folder.")
+    own = is_own_architecture(read_model_config(folder))
+    if choose_engine(given.engine, own) == "vllm":
+        serve_by_vllm(folder, given.port)
+    serve_by_transformers(folder, given.port, given.device, own)
+
+
+def choose_engine(asked: str, own_architecture: bool) -> str:
+    """`transformers` or `vllm`.
+
+    Raises:
+        ConfigError: vLLM is asked for, and has no such architecture.
+        DependencyError: It is asked for, and not installed.
+    """
+    if asked == "vllm":
+        if own_architecture:
+            raise ConfigError(
+                "--engine vllm has no class for the reasoning engine, the harm head, images or sound, or router biases; "
+                "take --engine transformers."
+            )
+        require_all(["vllm"], "vllm")
+    if asked != "auto":
+        return asked
+    has_vllm = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    return "vllm" if has_vllm and not own_architecture else "transformers"
+
+
+def serve_by_vllm(folder: Path, port: int) -> None:
+    """Becomes vLLM's server."""
+    _announce(folder, port, "vLLM")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    options = ["--served-model-name", folder.name, "--host", ADDRESS, "--port", str(port)]
+    template = [] if has_chat_template(folder) else ["--chat-template", CHAT_TEMPLATE]
+    os.execv(sys.executable, [*command, *options, *template])
+
+
+def serve_by_transformers(folder: Path, port: int, device: str | None, own_architecture: bool) -> None:
+    """Runs the server of `transformers serve` in this process, where our own architecture is known.
+
+    Raises:
+        DependencyError: It is not installed.
+    """
+    require_all(PACKAGES, "serve")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model lies here, and nothing is looked up
+    from transformers.cli.serve import Serve  # noqa: PLC0415 - reads the environment as it is imported
+
+    if own_architecture:
+        _make_known()
+    # The model's name to clients is the name that it is loaded by: its folder's, from beside it.
+    os.chdir(folder.parent)
+    _announce(folder, port, "transformers")
+    Serve(
+        force_model=folder.name,
+        device=device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
+        host=ADDRESS,
+        port=port,
+        chat_template_kwargs=None if has_chat_template(folder) else json.dumps({"chat_template": CHAT_TEMPLATE}),
+    )
+
+
+def _make_known() -> None:
+    """Lets the server find our architecture: it looks up the classes of a config among those of `transformers`."""
+    import transformers  # noqa: PLC0415
+
+    from ultrathink_model.models import hf_auto  # noqa: PLC0415
+
+    transformers.UltrathinkForCausalLM = hf_auto.UltrathinkForCausalLM  # type: ignore[attr-defined]
+
+
+def _announce(folder: Path, port: int, engine: str) -> None:
+    print(
+        f"{folder} by {engine}: http://{ADDRESS}:{port}/v1 as model {folder.name!r} (Ctrl-C ends). A harm head's guard is "
+        "not part of it; `run.py chat` has one.",
+        flush=True,
+    )
