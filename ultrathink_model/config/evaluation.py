@@ -26,6 +26,11 @@ class EvaluationConfig(Section):
     )
     batch_size: int = Field(16, ge=1, description="Sequences per device and evaluation step.")
     num_generations: int = Field(4, ge=0, description="Sample texts generated from held-out prompts.")
+    media_questions: int = Field(
+        200,
+        ge=0,
+        description="Held-out questions of each kind that are put to a model which learnt from `digits`; 0 asks none.",
+    )
     sample_steps: int | None = Field(
         None,
         ge=1,

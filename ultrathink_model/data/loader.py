@@ -16,13 +16,12 @@ from ultrathink_model.config.model import MoEConfig
 from ultrathink_model.data.batch import NO_GROUP, Batch, make_batch
 from ultrathink_model.data.manifest import DataManifest, SourceInfo, Split, media_settings
 from ultrathink_model.data.media_batch import make_media_batch
-from ultrathink_model.data.media_index import MediaIndex, Run
+from ultrathink_model.data.media_index import MediaIndex
 from ultrathink_model.data.media_store import FOLDER, MediaStore
 from ultrathink_model.data.mixture import SampleOrder
-from ultrathink_model.data.pack import BestFitRows, Row, StreamRows, padding_row, read_row
+from ultrathink_model.data.pack import BestFitRows, Row, Segment, StreamRows, padding_row, read_row
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.errors import ConfigError
-from ultrathink_model.media.batch import MediaBatch
 
 logger = logging.getLogger(__name__)
 
@@ -67,27 +66,32 @@ class SplitReader:
     def batch(self, places: list[tuple[int, int]]) -> Batch:
         """The rows at (source, sequence); a source of -1 stands for a row that predicts nothing."""
         rows = [self._row(source, sequence) for source, sequence in places]
-        groups = [self._groups[source] if source >= 0 else NO_GROUP for source, _ in places]
-        return make_batch(rows, groups, self._media([row.media for row in rows]))
+        return self.stack(rows, [self._groups[source] if source >= 0 else NO_GROUP for source, _ in places])
 
-    def _media(self, runs: list[list[Run]]) -> MediaBatch | None:
-        if self._store is None:
-            return None
-        info = self._manifest.media
-        assert info is not None, "there is a store"
-        return make_media_batch(runs, self._manifest.sequence_length, self._store, info)
+    def stack(self, rows: list[Row], groups: list[int]) -> Batch:
+        """Rows of any one length with their images and sounds; `groups` names each row's expert group, -1 for none."""
+        info, media = self._manifest.media, None
+        if info is not None:
+            media = make_media_batch([row.media for row in rows], len(rows[0].input_ids), self._store, info)
+        return make_batch(rows, groups, media)
+
+    def read(self, source: int, segments: list[Segment], length: int) -> Row:
+        """A row of some stretches of a source's stream."""
+        manifest = self._manifest
+        stream, _, index = self._streams[source]
+        return read_row(stream, segments, length, manifest.eos_id, manifest.pad_id, index)
 
     def _row(self, source: int, sequence: int) -> Row:
         manifest = self._manifest
         if source < 0:
             return padding_row(manifest.sequence_length, manifest.pad_id)
-        stream, rows, index = self._streams[source]
-        return read_row(stream, rows[sequence], manifest.sequence_length, manifest.eos_id, manifest.pad_id, index)
+        return self.read(source, self._streams[source][1][sequence], manifest.sequence_length)
 
     @functools.cached_property
-    def _store(self) -> MediaStore | None:
+    def _store(self) -> MediaStore:
         manifest = self._manifest
-        return None if manifest.media is None else MediaStore(manifest.path / FOLDER, manifest.media)
+        assert manifest.media is not None, "the caller has looked"
+        return MediaStore(manifest.path / FOLDER, manifest.media)
 
     @functools.cached_property
     def _streams(self) -> list[tuple[TokenStream, StreamRows | BestFitRows, MediaIndex | None]]:

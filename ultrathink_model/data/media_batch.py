@@ -1,6 +1,7 @@
 """The media of a batch of rows, as the encoders take them, and the slots of their tokens."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,11 +36,11 @@ def make_media_batch(
     if images:
         pixels = np.stack([store.image(run.number) for _, run in images])
         batch.images = torch.from_numpy(normalise_image(pixels, info))
-        batch.image_slots = _slots(images, shape)
+        batch.image_slots = place_slots(_entries(images), shape)
     if sounds:
         spectrograms = [store.sound(run.number) for _, run in sounds]
         batch.audio, batch.audio_frames = pad_sounds(spectrograms)
-        batch.audio_slots = _slots(sounds, shape)
+        batch.audio_slots = place_slots(_entries(sounds), shape)
     return batch
 
 
@@ -52,11 +53,33 @@ def pad_sounds(spectrograms: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.
     return torch.from_numpy(padded), torch.tensor(frames)
 
 
-def _slots(media: Sequence[tuple[int, Run]], shape: tuple[int, int]) -> torch.Tensor:
+class Entry(NamedTuple):
+    """Tokens of a medium in a row of a batch.
+
+    Attributes:
+        row: The row.
+        place: Where in it the first of these tokens stands.
+        first: The number of that token among the medium's own.
+        length: How many of them the row holds.
+        tokens: How many the whole medium has.
+    """
+
+    row: int
+    place: int
+    first: int
+    length: int
+    tokens: int
+
+
+def place_slots(media: Sequence[Entry], shape: tuple[int, int]) -> torch.Tensor:
     """For each token of the rows -1, or its place among the tokens of all these media laid end to end."""
     slots = np.full(shape, NO_SLOT, dtype=np.int64)
     base = 0
-    for row, run in media:
-        slots[row, run.place : run.place + run.length] = base + run.first + np.arange(run.length)
-        base += run.tokens
+    for row, place, first, length, tokens in media:
+        slots[row, place : place + length] = base + first + np.arange(length)
+        base += tokens
     return torch.from_numpy(slots)
+
+
+def _entries(media: Sequence[tuple[int, Run]]) -> list[Entry]:
+    return [Entry(row, run.place, run.first, run.length, run.tokens) for row, run in media]

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float64
 
-from ultrathink_model.data.batch import NO_GROUP, make_batch
+from ultrathink_model.data.batch import NO_GROUP
+from ultrathink_model.data.loader import SplitReader
 from ultrathink_model.data.manifest import DataManifest
-from ultrathink_model.data.pack import Row, read_row
-from ultrathink_model.data.shards import TokenStream, read_ends
+from ultrathink_model.data.pack import Row
+from ultrathink_model.data.shards import read_ends
 from ultrathink_model.evaluation.heldout import ratio_stderr
 from ultrathink_model.evaluation.result import ContextLoss
 from ultrathink_model.evaluation.scoring import score_tokens
@@ -38,8 +39,9 @@ def loss_by_context(
         One entry for each bin of positions that any window reaches.
     """
     together = max(1, batch_size * model.config.model.max_seq_length // length)
-    rows = list(_rows(manifest, length, windows))
-    parts = [_scores(model, rows[start : start + together]) for start in range(0, len(rows), together)]
+    reader = SplitReader(manifest, "validation")
+    rows = list(_rows(reader, manifest, length, windows))
+    parts = [_scores(model, reader, rows[start : start + together]) for start in range(0, len(rows), together)]
     nats, counts = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     edges = [0]
     while edges[-1] < length:
@@ -57,7 +59,7 @@ def context_metrics(losses: list[ContextLoss]) -> dict[str, float]:
     return metrics
 
 
-def _rows(manifest: DataManifest, length: int, windows: int) -> Iterator[Row]:
+def _rows(reader: SplitReader, manifest: DataManifest, length: int, windows: int) -> Iterator[Row]:
     """The chosen windows of the held-out documents, the rest of each row being padding."""
     places = [
         (number, start, min(length, end - start))
@@ -65,12 +67,9 @@ def _rows(manifest: DataManifest, length: int, windows: int) -> Iterator[Row]:
         for begin, end in _documents(manifest, number)
         for start in range(begin, end, length)
     ]
-    streams = [
-        TokenStream(manifest.path, source.shards["validation"], manifest.token_dtype) for source in manifest.sources
-    ]
     chosen = np.unique(np.linspace(0, len(places) - 1, min(windows, len(places))).round().astype(int))
     for number, start, size in (places[index] for index in chosen):
-        yield read_row(streams[number], [(start, size)], length, manifest.eos_id, manifest.pad_id)
+        yield reader.read(number, [(start, size)], length)
 
 
 def _documents(manifest: DataManifest, source: int) -> Iterator[tuple[int, int]]:
@@ -85,11 +84,11 @@ def _documents(manifest: DataManifest, source: int) -> Iterator[tuple[int, int]]
 
 
 def _scores(
-    model: Transformer, rows: list[Row]
+    model: Transformer, reader: SplitReader, rows: list[Row]
 ) -> tuple[Float64[np.ndarray, "rows seq"], Float64[np.ndarray, "rows seq"]]:
     """Nats of each token, and 1 where there is one."""
-    batch = make_batch(rows, [NO_GROUP] * len(rows)).to(model.output_weight.device)
-    scores = score_tokens(model, batch.input_ids, batch.labels, batch.document_ids)
+    batch = reader.stack(rows, [NO_GROUP] * len(rows)).to(model.output_weight.device)
+    scores = score_tokens(model, batch.input_ids, batch.labels, batch.document_ids, media=batch.media)
     return scores.nats.double().cpu().numpy(), scores.counts.double().cpu().numpy()
 
 

@@ -15,6 +15,7 @@ from ultrathink_model.evaluation.depths import depth_reading
 from ultrathink_model.evaluation.harness import task_metrics
 from ultrathink_model.evaluation.heldout import score_split
 from ultrathink_model.evaluation.measures import measure_blimp, measure_context
+from ultrathink_model.evaluation.multimodal import digit_metrics
 from ultrathink_model.evaluation.perplexity import ValidationLoss, bits_per_byte
 from ultrathink_model.evaluation.result import EvaluationResult
 from ultrathink_model.evaluation.safety import harm_head_metrics
@@ -85,6 +86,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, manifest: DataManifest, c
     context = measure_context(model, manifest, config)
     metrics |= context_metrics(context) | measure_blimp(model, tokenizer, config)
     metrics |= harm_head_metrics(model, tokenizer, manifest, config)
+    media, media_answers = digit_metrics(model, tokenizer, manifest, settings)
+    metrics |= media
     if settings.speed_tokens:
         prompt = held_out_prompts(manifest, tokenizer, 1, PROMPT_TOKENS, config.training.seed)[0]
         metrics |= generation_speed(model, prompt, settings.speed_tokens, settings.batch_size)
@@ -94,6 +97,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, manifest: DataManifest, c
         reliability=scores.reliability(),
         context=context,
         reading=depth_reading(model, tokenizer, manifest, config.training.seed),
+        media_answers=media_answers,
         data_fingerprint=manifest.fingerprint,
         validation_tokens=split.tokens,
         validation_bytes=split.bytes,

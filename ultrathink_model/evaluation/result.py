@@ -73,6 +73,28 @@ class ContextLoss(BaseModel):
     tokens: int
 
 
+class MediaAnswer(BaseModel):
+    """A question about an image, a sound or both, and what the model said.
+
+    Attributes:
+        kind: `image`, `audio` or `sum`.
+        prompt: The question, with placeholders for its media.
+        answer: The word that is right.
+        said: The first word that the model wrote.
+        withheld: The first word that it wrote to the prompt alone.
+        pictures: The images, then the sounds' spectrograms, each as a `data:` address of a PNG.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    prompt: str
+    answer: str
+    said: str
+    withheld: str
+    pictures: list[str]
+
+
 class EvaluationResult(SavedRecord):
     """The content of `evaluation.json`.
 
@@ -83,6 +105,7 @@ class EvaluationResult(SavedRecord):
         reliability: Confidence and accuracy of the likeliest token, the least confident first.
         context: Loss by the tokens of context, the shortest first.
         reading: A held-out text and how deep each of its tokens went; empty without the reasoning engine.
+        media_answers: Some answers to questions about images and sounds; empty for data without the source `digits`.
         data_fingerprint: The prepared data that was evaluated on.
         validation_tokens: Tokens that were predicted.
         validation_bytes: UTF-8 bytes of the text that they stand for.
@@ -93,6 +116,7 @@ class EvaluationResult(SavedRecord):
     reliability: list[ReliabilityBin] = []
     context: list[ContextLoss] = []
     reading: list[ReadPiece] = []
+    media_answers: list[MediaAnswer] = []
     data_fingerprint: str
     validation_tokens: int
     validation_bytes: int
