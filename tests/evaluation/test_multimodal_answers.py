@@ -9,7 +9,7 @@ from ultrathink_model.data import Tokenizer, TrainLoader, prepare_data
 from ultrathink_model.data.digits import Question
 from ultrathink_model.evaluation.evaluate import evaluate
 from ultrathink_model.evaluation.multimodal import answer_metrics, answer_questions, digit_metrics, make_prompts
-from ultrathink_model.models.transformer import Transformer
+from ultrathink_model.models.transformer import build_model
 
 ANSWERS = ("alpha", "beta")
 QUESTIONS = [
@@ -41,8 +41,8 @@ def learnt(tmp_path_factory):
     config = media_config(folder, f"data.dataset={folder / 'rows'}", "data.packing=best_fit", "model.max_seq_length=32")
     manifest = prepare_data(config)
     torch.manual_seed(0)
-    model = Transformer(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model = build_model(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     steps = iter(TrainLoader(manifest, config))
     for _ in range(200):
         (batch,) = next(steps)
