@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs-installed
 PEERS := $(VENV)/peers/.installed
 UV_VERSION := 0.13.9
 
@@ -16,7 +17,7 @@ endif
 # DeepSpeed compiles its kernels when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup prototype production test test-all check format bench docs clean
+.PHONY: help setup prototype production test test-all check format bench docs cloud test-cloud clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[setup 2/3] the installer"
 	@$(BIN)/pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
 	@echo "[setup 3/3] about 200 packages (1 to 5 minutes when nothing is cached)"
-	@$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[deepspeed,cleaning,multimodal,evaluation,export,serve,dev]'
+	@$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[deepspeed,cleaning,multimodal,evaluation,export,serve,kubernetes,dev]'
 	@touch $@
 	@echo "Ready: $(BIN)/python run.py --help"
 
@@ -64,8 +65,25 @@ $(PEERS): $(STAMP) benchmarks/peers.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(VENV)/peers --no-deps -r benchmarks/peers.txt
 	@touch $@
 
-docs: $(STAMP) ## write docs/configuration.md from the config models
+docs: $(DOCS) ## write docs/configuration.md from the config models, and build the site into site/
 	$(BIN)/python -m ultrathink_model.config.describe > docs/configuration.md
+	$(BIN)/mkdocs build --strict --quiet
+
+$(DOCS): $(STAMP)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+cloud: $(VENV)/aws/.installed $(VENV)/gcp/.installed ## make .venv/aws and .venv/gcp, for SageMaker and Vertex AI
+
+# The clouds' packages hold others back, so that the locked versions of the default set-up do not go with them.
+$(VENV)/%/.installed: $(STAMP) constraints-%.txt
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/$*
+	@$(BIN)/uv pip install --quiet --python $(VENV)/$*/bin/python --constraint constraints-$*.txt --editable '.[$*,cloud-test]'
+	@touch $@
+
+test-cloud: cloud ## the production workflow through SageMaker and Vertex AI, on loopback (slow)
+	$(VENV)/aws/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_sagemaker.py
+	$(VENV)/gcp/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_vertex.py
 
 clean: ## remove what the checks and the build left (outputs stay)
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

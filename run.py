@@ -7,6 +7,9 @@ python run.py export outputs/tiny_model/prototype/pretrain/final_model exported 
 python run.py chat
 python run.py serve
 python run.py doctor
+python run.py stacks apply stack_configs/local.yaml
+python run.py status
+python run.py rerun RUN --from evaluate_rlhf
 """
 
 import functools
@@ -29,6 +32,9 @@ COMMANDS = {
     "export": ("ultrathink_model.export.command", ("pydantic", "yaml", "torch", "transformers")),
     "chat": ("ultrathink_model.serving.chat", ("pydantic", "yaml", "torch", "transformers")),
     "serve": ("ultrathink_model.serving.serve", ("pydantic", "yaml", "torch", "transformers")),
+    "stacks": ("pipelines.stacks_command", ("pydantic", "yaml", "zenml")),
+    "status": ("pipelines.status_command", ("pydantic", "yaml", "zenml")),
+    "rerun": ("pipelines.rerun_command", ("pydantic", "yaml", "torch", "zenml", "mlflow", "datasets", "transformers")),
     "doctor": ("ultrathink_model.doctor", ("pydantic", "yaml", "psutil", "packaging")),
 }
 PROFILES = ("auto", "tiny", "small", "medium", "large")
@@ -53,6 +59,10 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--output-dir", metavar="FOLDER", help="short for --override output.output_dir=FOLDER")
     parser.add_argument("--stack", metavar="NAME", help="ZenML stack to run on; the active one by default")
+    parser.add_argument(
+        "--run-settings", metavar="FILE", help="machines, images, retries of the steps; by default the stack's own file"
+    )
+    parser.add_argument("--schedule", metavar="CRON", help="run at these times, where the stack has schedules")
     return parser
 
 
@@ -72,7 +82,15 @@ def main() -> None:
     print(f"{plan.workflow}: {plan.reason}. Starting ZenML…", flush=True)
     from pipelines.start import run_workflow  # noqa: PLC0415 - ZenML takes seconds to import
 
-    run_workflow(plan, arguments.profile, arguments.config, overrides, arguments.stack)
+    run_workflow(
+        plan,
+        arguments.profile,
+        arguments.config,
+        overrides,
+        arguments.stack,
+        arguments.run_settings,
+        arguments.schedule,
+    )
 
 
 def run_command(name: str, arguments: list[str]) -> None:

@@ -1,19 +1,15 @@
 """What happens before a workflow is wired: its plan, its folder's lock, and the clearing up after earlier runs."""
 
 import logging
-import os
 from collections.abc import Sequence
 
 from filelock import FileLock, Timeout
 from zenml.client import Client
-from zenml.enums import ExecutionStatus
-from zenml.orchestrators.publish_utils import publish_failed_step_run, publish_pipeline_run_status_update
 
+from pipelines.abandoned import LOCK_NAME, close, plan_of, running_runs
 from steps.caching import expire_stale_results
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.workflow import WorkflowPlan, plan_workflow
-
-LOCK_NAME = ".lock"
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +80,7 @@ def _take_lock(plan: WorkflowPlan) -> None:
 
 def _close_abandoned_runs(plan: WorkflowPlan) -> None:
     """Shows runs of this folder that are "running" as failed: we hold its lock, so none is."""
-    running = Client().list_pipeline_runs(
-        pipeline_name=f"{plan.workflow}_pipeline", status=ExecutionStatus.RUNNING, size=100, hydrate=True
-    )
-    for run in running.items:
-        steps = run.snapshot.step_configurations.values() if run.snapshot else ()
-        folders = {step.config.parameters.get("plan", {}).get("folder") for step in steps}
-        if folders == {str(plan.folder)}:
+    for run in running_runs(f"{plan.workflow}_pipeline"):
+        if plan_of(run).get("folder") == str(plan.folder):
             logger.warning("run %s was cut off and is shown as failed from now on.", run.name)
-            for step in run.steps.values():
-                if not step.status.is_finished:
-                    publish_failed_step_run(step.id)
-            publish_pipeline_run_status_update(
-                run.id, ExecutionStatus.FAILED, status_reason=f"its process ended; closed by process {os.getpid()}"
-            )
+            close(run)

@@ -7,6 +7,7 @@ from pipelines.planning import begin
 from steps.constitutional import constitutional
 from steps.evaluate import evaluate
 from steps.export import export
+from steps.failure import note_failure
 from steps.prepare_data import prepare_data
 from steps.pretrain import pretrain
 from steps.report import report
@@ -15,7 +16,7 @@ from steps.reward import reward
 from steps.rlhf import rlhf
 
 
-@pipeline(name="production_pipeline", execution_mode=ExecutionMode.FAIL_FAST)
+@pipeline(name="production_pipeline", execution_mode=ExecutionMode.FAIL_FAST, on_failure=note_failure)
 def production_pipeline(
     profile: str | None = None, config: str | None = None, overrides: list[str] | None = None
 ) -> None:

@@ -6,12 +6,13 @@ from zenml.enums import ExecutionMode
 from pipelines.planning import begin
 from steps.evaluate import evaluate
 from steps.export import export
+from steps.failure import note_failure
 from steps.prepare_data import prepare_data
 from steps.pretrain import pretrain
 from steps.report import report
 
 
-@pipeline(name="prototype_pipeline", execution_mode=ExecutionMode.FAIL_FAST)
+@pipeline(name="prototype_pipeline", execution_mode=ExecutionMode.FAIL_FAST, on_failure=note_failure)
 def prototype_pipeline(
     profile: str | None = None, config: str | None = None, overrides: list[str] | None = None
 ) -> None:

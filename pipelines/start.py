@@ -1,6 +1,5 @@
 """How a pipeline is started from a command line: `run.py`, or `zenml pipeline run NAME`."""
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from zenml.client import Client
+from zenml.config.schedule import Schedule
+from zenml.enums import ExecutionMode
 from zenml.exceptions import RunInterruptedException
 from zenml.models import PipelineRunResponse
 from zenml.pipelines.pipeline_definition import Pipeline
@@ -16,6 +17,9 @@ from zenml.utils import source_utils
 from pipelines.multi_gpu import multi_gpu_pipeline
 from pipelines.production import production_pipeline
 from pipelines.prototype import prototype_pipeline
+from pipelines.quiet import quiet_zenml
+from pipelines.run_settings import find_run_settings, read_run_settings, to_zenml
+from pipelines.stack_files import find_stack
 from ultrathink_model.errors import EXIT_STOPPED_AFTER_SAVING, ConfigError, TrainingStoppedError, UltrathinkError
 from ultrathink_model.workflow import WorkflowPlan
 
@@ -27,12 +31,15 @@ PIPELINES = {
     "multi_gpu": multi_gpu_pipeline,
 }
 
-# At INFO these speak of ZenML itself, the others of the run.
-QUIET_LOGGERS = ("zenml.pipelines", "zenml.zen_stores", "zenml.config", "zenml.client", "zenml.utils")
-
 
 def run_workflow(
-    plan: WorkflowPlan, profile: str | None, config: str | None, overrides: Sequence[str], stack: str | None = None
+    plan: WorkflowPlan,
+    profile: str | None,
+    config: str | None,
+    overrides: Sequence[str],
+    stack: str | None = None,
+    run_settings: str | None = None,
+    schedule: str | None = None,
 ) -> None:
     """Runs a workflow and says where its results are.
 
@@ -42,6 +49,8 @@ def run_workflow(
         config: As `plan_workflow` takes it.
         overrides: As `plan_workflow` takes them.
         stack: Name of the ZenML stack to run on; None takes the active one.
+        run_settings: File of the steps' machines, images, retries; None takes the stack's shipped one.
+        schedule: A cron expression; None runs at once.
 
     Raises:
         UltrathinkError: What a step raised, or an unknown stack.
@@ -51,12 +60,38 @@ def run_workflow(
     source_utils.set_custom_source_root(str(ROOT))
     quiet_zenml()
     if stack:
-        _choose_stack(stack)
+        os.environ["ZENML_ACTIVE_STACK_ID"] = str(find_stack(stack).id)  # of this process alone
+    pipeline = configured(plan, run_settings, schedule)
     try:
-        run = PIPELINES[plan.workflow](profile=profile, config=config, overrides=list(overrides))
+        run = pipeline(profile=profile, config=config, overrides=list(overrides))
     except RunInterruptedException:
         raise TrainingStoppedError("stopped by a signal; start the same command again to go on.") from None
     print(describe_results(plan, run), flush=True)
+
+
+def configured(plan: WorkflowPlan, run_settings: str | None, schedule: str | None = None) -> Pipeline:
+    """The workflow's pipeline with the run settings of the active stack, and a schedule where one is given.
+
+    Raises:
+        ConfigError: The settings do not fit the orchestrator, or it has no schedules.
+    """
+    stack = Client().active_stack
+    settings = read_run_settings(Path(run_settings)) if run_settings else find_run_settings(stack.name)
+    options = to_zenml(settings, stack.orchestrator.flavor, plan.steps)
+    if schedule:
+        if not stack.orchestrator.config.is_schedulable:
+            raise ConfigError(
+                f"--schedule {schedule}: the orchestrator {stack.orchestrator.flavor} of stack {stack.name} has no "
+                "schedules; take a stack of SageMaker, Vertex AI or Kubernetes, or cron on this machine."
+            )
+        options["schedule"] = Schedule(cron_expression=schedule)
+    return PIPELINES[plan.workflow].with_options(**options, execution_mode=_execution_mode())
+
+
+def _execution_mode() -> ExecutionMode:
+    """Ours ends a run at its first failure; clouds know only their own way, in which what does not need it goes on."""
+    supported = Client().active_stack.orchestrator.supported_execution_modes
+    return ExecutionMode.FAIL_FAST if ExecutionMode.FAIL_FAST in supported else ExecutionMode.CONTINUE_ON_FAILURE
 
 
 def describe_results(plan: WorkflowPlan, run: PipelineRunResponse | None) -> str:
@@ -84,19 +119,11 @@ def as_command(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
-def quiet_zenml() -> None:
-    """Keeps from the terminal what ZenML logs about itself, and its tracebacks of a user's mistakes."""
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for handler in logging.getLogger().handlers:
-        if not any(isinstance(known, _WithoutUserErrors) for known in handler.filters):
-            handler.addFilter(_WithoutUserErrors())
-
-
 class _CommandPipeline(Pipeline):
     """A pipeline that ends the process with a message and an exit code where ours would raise."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> PipelineRunResponse | None:
+        self.configure(execution_mode=_execution_mode())
         try:
             return super().__call__(*args, **kwargs)
         except UltrathinkError as error:
@@ -105,28 +132,3 @@ class _CommandPipeline(Pipeline):
         except RunInterruptedException:
             print("stopped by a signal; start the same command again to go on.", file=sys.stderr)
             raise SystemExit(EXIT_STOPPED_AFTER_SAVING) from None
-
-
-class _WithoutUserErrors(logging.Filter):
-    """Drops what ZenML logs about errors that the command line prints itself, once and without a traceback."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not record.name.startswith("zenml"):
-            return True
-        arguments = record.args if isinstance(record.args, tuple) else ()
-        errors = (record.exc_info[1] if record.exc_info else None, *arguments)
-        return not any(isinstance(error, UltrathinkError | RunInterruptedException) for error in errors)
-
-
-def _choose_stack(name: str) -> None:
-    """Makes a stack the active one of this process alone."""
-    client = Client()
-    try:
-        stack = client.get_stack(name, allow_name_prefix_match=False)
-    except KeyError:
-        names = ", ".join(stack.name for stack in client.list_stacks(size=100).items)
-        raise ConfigError(
-            f"--stack {name} is not registered; there is {names}. "
-            f"`zenml stack import {name} -f stack_configs/{name}.yaml` registers a shipped one."
-        ) from None
-    os.environ["ZENML_ACTIVE_STACK_ID"] = str(stack.id)

@@ -1,11 +1,17 @@
 """What the steps that train have in common: where they go on, which MLflow run they belong to, what they pass on."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from steps.failure import note_failure
 from steps.parent_run import parent_run
 from steps.provenance import PROVENANCE_NAME, note_result, settle_resume
 from steps.references import DataReference, StageReference, hash_files, publish
+from ultrathink_model.command_line import end_rank
 from ultrathink_model.data.manifest import load_manifest
+from ultrathink_model.errors import TrainingStoppedError
 from ultrathink_model.stage import run_stage
 from ultrathink_model.tracking.remote_folder import fetch_run
 from ultrathink_model.tracking.run_folder import RunFolder
@@ -34,7 +40,7 @@ def train_stage(
     """
     fetch_run(plan.config)
     config = settle_resume(plan.config, code)
-    with parent_run(plan, trains=True) as parent:
+    with _stops_end_the_machine(plan), parent_run(plan, trains=True) as parent:
         result = run_stage(
             config,
             manifest=load_manifest(data.fetch().folder),
@@ -57,3 +63,19 @@ def train_stage(
         started_at=record.started_at,
         mlflow_run_id=record.mlflow_run_id,
     )
+
+
+@contextmanager
+def _stops_end_the_machine(plan: StepPlan) -> Iterator[None]:
+    """Ends the process with exit code 75 after a signal, on a machine that the cloud takes back.
+
+    ZenML would try the step again here, in the half minute that is left, before the cloud does so elsewhere.
+    """
+    try:
+        yield
+    except TrainingStoppedError as error:
+        if plan.has_own_machine:
+            note_failure(error)
+            print(error, file=sys.stderr)
+            end_rank(error.exit_code)
+        raise

@@ -145,6 +145,11 @@ class StepPlan(BaseModel):
     config: Config
 
     @property
+    def has_own_machine(self) -> bool:
+        """Whether the step runs on a machine of its own, below the folder that it starts in."""
+        return not Path(self.folder).is_absolute()
+
+    @property
     def title(self) -> str:
         """The step as the progress lines name it."""
         return f"stage {self.number}/{self.of} {self.name}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import run
+from pipelines import status_command
 from ultrathink_model.command_line import run_and_exit
 
 ROOT = Path(run.__file__).resolve().parent
@@ -136,14 +137,19 @@ def test_a_mistake_under_zenml_ends_with_its_message_and_exit_code_2(workspace):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no kill -9")
-def test_after_kill_9_the_same_command_finishes_the_work(workspace):
+def test_after_kill_9_status_closes_the_run_and_the_same_command_finishes_the_work(workspace, capsys):
     from zenml.client import Client
 
     arguments = ("--workflow", "production", "--override", "advanced:training.num_epochs=10", "--output-dir", "killed")
     with start(*arguments) as killed:
         read_until(killed, "advanced: step 10/")
         os.killpg(killed.pid, signal.SIGKILL)
-    assert len(Client().list_pipeline_runs(pipeline_name="production_pipeline", status="running").items) == 1
+    (left,) = Client().list_pipeline_runs(pipeline_name="production_pipeline", status="running").items
+    status_command.main(["--last", "1"])
+    out = capsys.readouterr().out
+    assert f"{left.name}: failed" in out
+    assert "was cut off by a kill" in out
+    assert f"python run.py rerun {left.name}" in out
 
     again = start(*arguments)
     out, error = again.communicate(timeout=600)
@@ -177,13 +183,15 @@ def test_sigterm_ends_with_75_and_the_same_command_goes_on(workspace):
 
 
 @pytest.mark.slow
-def test_two_starts_in_one_folder_do_not_mix(workspace):
+def test_two_starts_in_one_folder_do_not_mix(workspace, capsys):
     long = ("check:training.max_steps=100000", "check:training.num_epochs=1000", "check:training.checkpoint_steps=null")
     arguments = ("--workflow", "prototype", "--output-dir", "shared", "--override", *long)
     with start(*arguments) as first:
         read_until(first, "check: step")
         second = start(*arguments)
         _, error = second.communicate(timeout=200)
+        status_command.main(["--last", "1"])
         os.killpg(first.pid, signal.SIGKILL)
     assert second.returncode == 2
+    assert ": running" in capsys.readouterr().out
     assert "another process runs prototype" in error
