@@ -67,7 +67,7 @@ def service(command: Sequence[str], url: str, log: Path, environment: Mapping[st
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(environment))
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not _answers(url):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
@@ -146,7 +146,7 @@ class Machine:
         """Runs a job to its end on a fresh machine and returns what it printed."""
         self.replace()
         process = self.start(command, environment)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == 0, output
         return output
 
@@ -160,7 +160,7 @@ def stop_after(process: subprocess.Popen[str], text: str) -> str:
         if text in line:
             process.send_signal(signal.SIGTERM)
             break
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=600)
     return "".join(lines) + rest
 
 
@@ -182,7 +182,7 @@ def run_cli(arguments: Sequence[str], environment: Mapping[str, str], cwd: Path)
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout
