@@ -21,10 +21,14 @@ import torch
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
 
 from ultrathink_model.alignment.align import align
+from ultrathink_model.alignment.objectives import calibration_error
 from ultrathink_model.alignment.pairs import PairSplit, tokenize_pairs
+from ultrathink_model.alignment.reward import RewardModel
 from ultrathink_model.alignment.reward_training import RewardTrainer
+from ultrathink_model.alignment.sequences import make_sequences
 from ultrathink_model.command_line import log_to_terminal
 from ultrathink_model.config import Config, load_config, override_config
 from ultrathink_model.data.preferences import PreferencePair
@@ -73,16 +77,29 @@ def rank_pairs(arguments: argparse.Namespace, config: Config) -> None:
     tokenizer = Tokenizer.load(arguments.model)
     split = PairSplit(
         tokenize_pairs(few_pairs_each(train, arguments.uses), tokenizer, config),
-        tokenize_pairs(few_pairs_each(held_out, 8), tokenizer, config),
+        tokenize_pairs(few_pairs_each(held_out, 2), tokenizer, config),
     )
     trainer = RewardTrainer(config, load_model(arguments.model).eval(), tokenizer.pad_id, ALONE)
-    record = trainer.fit(
-        split, lambda step, steps, loss: print(f"step {step}/{steps}, loss {loss:.3f}", flush=True)
-    ).record
+    model = trainer.fit(split, lambda step, steps, loss: print(f"step {step}/{steps}, loss {loss:.3f}", flush=True))
+    gaps = score_gaps(model, held_out, tokenizer, config)
     print(
-        f"reward model on {len(split.train)} pairs: {record.prompt_accuracy:.1%} by prompt, {record.accuracy:.1%} by pair, "
-        f"loss {record.loss:.3f}, calibration error {record.calibration_error:.3f}"
+        f"reward model on {len(split.train)} pairs: {share_right(gaps, weights):.1%} by prompt, "
+        f"{share_right(gaps, torch.ones(len(gaps))):.1%} by pair, loss {float(-F.logsigmoid(gaps).mean()):.3f}, "
+        f"calibration error {calibration_error(gaps):.3f}"
     )
+
+
+def score_gaps(model: RewardModel, pairs: list[PreferencePair], tokenizer: Tokenizer, config: Config) -> torch.Tensor:
+    """Score of the chosen side less that of the rejected one; each answer is scored once."""
+    sides = sorted({(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)})
+    scores = {}
+    for start in range(0, len(sides), 32):
+        part = sides[start : start + 32]
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)][-config.rlhf.prompt_tokens :] for prompt, _ in part]
+        answers = [[*tokenizer.encode(text), tokenizer.eos_id][: config.rlhf.response_tokens] for _, text in part]
+        found = model.score(make_sequences(prompts, answers, tokenizer.pad_id, "cpu")) * model.record.spread
+        scores |= dict(zip(part, found, strict=True))
+    return torch.stack([scores[pair.prompt, pair.chosen] - scores[pair.prompt, pair.rejected] for pair in pairs])
 
 
 def prompt_weights(pairs: list[PreferencePair]) -> list[float]:

@@ -88,7 +88,7 @@ def test_own_texts_are_read_and_bad_rows_named(config, tmp_path):
     bad = [{"text": "x", "labels": ["theft"]}, {"text": " ", "labels": []}, {"text": "x", "labels": "hate"}]
     path = write(tmp_path / "safety.jsonl", good + bad)
     overrides = [f"constitutional.safety_data={path}", "constitutional.holdout_fraction=0.5"]
-    with pytest.raises(DataError, match=r"3 of 43 rows.*'theft' is one of violence"):
+    with pytest.raises(DataError, match=r"3 of 43 rows.*row 41: labels holds only violence"):
         load_safety_texts(override_config(config, overrides))
     texts = load_safety_texts(override_config(config, [*overrides, "data.max_quarantine_fraction=0.1"]))
     assert [row.row for row in texts.quarantined] == [41, 42, 43]

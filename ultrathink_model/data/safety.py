@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,31 +96,21 @@ def _built_in() -> list[LabelledText]:
 
 
 def _read(path: Path) -> tuple[list[LabelledText], list[BadRow]]:
-    texts: list[LabelledText] = []
-    bad: list[BadRow] = []
-    for item in read_json_lines(path, path.name):
-        if isinstance(item, BadRow):
-            bad.append(item)
-            continue
-        number, row = item
-        text, labels = row.get("text"), row.get("labels")
-        rule = _broken_rule(text, labels)
-        if rule:
-            bad.append(BadRow(path.name, number, rule, make_excerpt(row)))
-        else:
-            assert isinstance(text, str)
-            assert isinstance(labels, list)
-            texts.append(LabelledText(text, tuple(labels), text))
-    return texts, bad
+    # Imported here because pandas and pandera take seconds, which a run without a file of its own does not wait for.
+    import pandas as pd  # noqa: PLC0415
 
+    from ultrathink_model.data.schema import broken_rules, labelled_schema  # noqa: PLC0415
 
-def _broken_rule(text: object, labels: object) -> str | None:
-    if not isinstance(text, str) or not text.strip():
-        return "text is a string that is not blank"
-    if not isinstance(labels, list):
-        return "labels is a list"
-    unknown = [label for label in labels if label not in HARM_CATEGORIES]
-    return f"label {unknown[0]!r} is one of {', '.join(HARM_CATEGORIES)}" if unknown else None
+    items = list(read_json_lines(path, path.name))
+    bad = [item for item in items if isinstance(item, BadRow)]
+    rows = [item for item in items if not isinstance(item, BadRow)]
+    values = {name: pd.Series([row.get(name) for _, row in rows], dtype=object) for name in ("text", "labels")}
+    broken = broken_rules(labelled_schema(HARM_CATEGORIES), pd.DataFrame(values))
+    bad += [
+        BadRow(path.name, rows[place][0], rule, make_excerpt(rows[place][1])) for place, rule in sorted(broken.items())
+    ]
+    kept: list[dict[str, Any]] = [row for place, (_, row) in enumerate(rows) if place not in broken]
+    return [LabelledText(row["text"], tuple(row["labels"]), row["text"]) for row in kept], bad
 
 
 def _split(texts: Sequence[LabelledText], fraction: float) -> tuple[list[LabelledText], list[LabelledText]]:

@@ -1,6 +1,6 @@
 """The schema of a document, checked over chunks of rows."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pandas as pd
 import pandera.pandas as pa
@@ -58,6 +58,19 @@ DOCUMENT_SCHEMA = pa.DataFrameSchema({"text": text_column()}, strict=True)
 MEDIA_SCHEMA = pa.DataFrameSchema(
     {"text": text_column()} | {COLUMNS[kind]: media_column(kind) for kind in PLACEHOLDERS}, strict=True
 )
+
+
+def labelled_schema(labels: Sequence[str]) -> pa.DataFrameSchema:
+    """Rows of a `text` and the list of the `labels` that apply to it, which may be empty."""
+    is_list = pa.Check(lambda value: isinstance(value, list), element_wise=True, name="value is a list")
+    known = pa.Check(
+        lambda value: not isinstance(value, list) or all(label in labels for label in value),
+        element_wise=True,
+        name=f"value holds only {', '.join(labels)}",
+    )
+    return pa.DataFrameSchema(
+        {"text": text_column(), "labels": pa.Column(object, checks=[is_list, known], nullable=True)}, strict=True
+    )
 
 
 def check_rows(rows: Iterable[Row | BadRow], media: bool = False) -> Iterator[Row | BadRow]:
