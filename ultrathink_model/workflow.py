@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict
 
 from ultrathink_model.config import Config, load_config
 from ultrathink_model.config.constitutional import ConstitutionalConfig
+from ultrathink_model.config.data import DataConfig
 from ultrathink_model.config.export import ExportConfig, check_formats
 from ultrathink_model.config.model import DREConfig, MoEConfig
+from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.config.profiles import profile_path, resolve_profile
 from ultrathink_model.config.rlhf import RLHFConfig
 from ultrathink_model.errors import ConfigError
@@ -32,11 +34,13 @@ class Stage(NamedTuple):
     Attributes:
         defaults: Overrides that the user's own overrides win over.
         fixed: Overrides that make the stage what it is; only `stage:section.key=value` wins over them.
+        media: More defaults for a multimodal run on the built-in text, which has neither images nor sound.
     """
 
     name: str
     defaults: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    media: tuple[str, ...] = ()
 
 
 class Workflow(NamedTuple):
@@ -50,6 +54,8 @@ DENSE = ("advanced.enable_moe=false", "advanced.enable_dre=false", "advanced.ena
 ADVANCED = ("advanced.enable_moe=true", "advanced.enable_dre=true")
 PRETRAINS = ("advanced.enable_rlhf=false", "constitutional.enabled=false")
 ONE_PROCESS = ("distributed.enabled=false", "distributed.strategy=null", "distributed.deepspeed_config=null")
+# What there is to see and to hear, and as many more sequences.
+WITH_DIGITS = ("data.mix_datasets=sotu:0.5,digits:0.5", "data.train_samples=3200")
 # The stages that a workflow has only with Constitutional AI, and with a reward model of preference pairs.
 CONSTITUTIONAL = "constitutional"
 REWARD = "reward"
@@ -75,7 +81,7 @@ WORKFLOWS = {
                     "data.streaming=false",
                 ),
             ),
-            Stage("pretrain", defaults=("training.num_epochs=1",), fixed=PRETRAINS),
+            Stage("pretrain", defaults=("training.num_epochs=1",), fixed=PRETRAINS, media=WITH_DIGITS),
         ),
         steps=("prepare_dummy", "check", "prepare_data", "pretrain", "evaluate_pretrain", "export", "report"),
     ),
@@ -203,6 +209,9 @@ def plan_workflow(
     general, by_stage = _split_overrides(overrides, WORKFLOWS[workflow].stages)
     base = load_config(path, general)
     stages, names = _needed(workflow, base)
+    if _lacks_media(base) and any(stage.media for stage in stages):
+        stages = [stage._replace(defaults=(*stage.defaults, *stage.media)) for stage in stages]
+        reason += f"; {base.data.dataset} has neither images nor sound, so `digits` is mixed in"
     for stage, rule in CONDITIONS.items():
         if by_stage.get(stage) and stage not in names:
             raise ConfigError(f"--override {stage}:{by_stage[stage][0]}: the workflow has that stage only with {rule}.")
@@ -288,6 +297,10 @@ def input_signature(config: Config) -> str:
     single += [constitutional.critic_model] if constitutional.critic == "local" else []
     single += [reward.source for reward in config.rlhf.rewards or [] if reward.kind != "callable"]
     single += [config.evaluation.blimp, *config.evaluation.tasks]
+    if config.advanced.enable_multimodal:
+        single += [config.multimodal.image_encoder, config.multimodal.audio_encoder]
+        # Rows name media by paths below the folder of their own file.
+        single += [str(Path(name).parent) for name in names if Path(name).is_file()]
     names += [name for name in single if name]
     digest = hashlib.sha256()
     for path in sorted({file for name in names for file in _local_files(name)}):
@@ -318,6 +331,12 @@ def _split_overrides(overrides: Iterable[str], stages: tuple[Stage, ...]) -> tup
     return general, by_stage
 
 
+def _lacks_media(config: Config) -> bool:
+    """Whether a multimodal run's data were left at the built-in text that every profile names."""
+    is_default = config.data.mix_datasets is None and config.data.dataset == DataConfig().dataset
+    return config.advanced.enable_multimodal and is_default
+
+
 def _stage_config(
     path: Path, stage: Stage, general: list[str], own: list[str], folder: Path, remote: str | None
 ) -> Config:
@@ -336,6 +355,8 @@ def _stage_config(
     if not (config.advanced.enable_constitutional or config.constitutional.enabled):
         unused["constitutional"] = ConstitutionalConfig()
     places = {"output_dir": str(folder / stage.name), "remote_dir": f"{remote}/{stage.name}" if remote else None}
+    if not config.advanced.enable_multimodal:
+        unused["multimodal"] = MultimodalConfig()
     output = config.output.model_copy(update=places)
     return config.model_copy(update={"output": output, **unused})
 

@@ -60,6 +60,32 @@ def test_prototype_checks_on_dummy_data_whatever_the_run_trains_on():
     assert plan["pretrain"].config.data.dataset == "wikitext"
 
 
+def test_a_multimodal_prototype_mixes_digits_into_the_built_in_text():
+    on = ["advanced.enable_multimodal=true"]
+    plan = plan_workflow("prototype", "tiny", overrides=on)
+    assert plan["pretrain"].config.data.mix_datasets == "sotu:0.5,digits:0.5"
+    assert "sotu has neither images nor sound, so `digits` is mixed in" in plan.reason
+    assert plan["check"].config.data.mix_datasets is None
+    for own in ("data.dataset=wikitext", "data.mix_datasets=sotu:0.3,dummy:0.7"):
+        other = plan_workflow("prototype", "tiny", overrides=[*on, own])
+        assert other["pretrain"].config.data.mix_datasets == (None if "wikitext" in own else "sotu:0.3,dummy:0.7")
+        assert "digits" not in other.reason
+    assert plan_workflow("prototype", "tiny")["pretrain"].config.data.mix_datasets is None
+
+
+def test_media_beside_a_file_of_rows_and_encoders_are_inputs(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}", encoding="utf-8")
+    overrides = [f"data.dataset={tmp_path / 'rows.jsonl'}"]
+    plans = {}
+    for on in ("false", "true"):
+        overrides_of = [*overrides, f"advanced.enable_multimodal={on}"]
+        plans[on] = [plan_workflow("multi_gpu", "tiny", overrides=overrides_of)["prepare_data"].inputs]
+        (tmp_path / f"{on}.png").write_bytes(b"x")
+        plans[on].append(plan_workflow("multi_gpu", "tiny", overrides=overrides_of)["prepare_data"].inputs)
+    assert plans["false"][0] == plans["false"][1]
+    assert plans["true"][0] != plans["true"][1]
+
+
 def test_an_override_reaches_all_stages_or_the_one_it_names():
     plan = plan_workflow("production", "tiny", overrides=["training.num_epochs=3", "advanced:training.num_epochs=5"])
     epochs = [plan[stage].config.training.num_epochs for stage in ("baseline", "advanced", "rlhf")]

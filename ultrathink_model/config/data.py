@@ -27,7 +27,7 @@ class DataConfig(Section):
     dataset: str = Field(
         "sotu",
         min_length=1,
-        description="`sotu` (built in), `dummy`, a local file, folder or glob (text, Markdown, JSONL, CSV, Parquet; also .gz and .zst), a known name such as `wikitext`, or a hub id.",
+        description="`sotu` or `digits` (built in; `digits` has images and sound), `dummy`, a local file, folder or glob (text, Markdown, JSONL, CSV, Parquet; also .gz and .zst), a known name such as `wikitext`, or a hub id.",
     )
     dataset_config: str | None = Field(None, description="Subset of a hub dataset; null takes the known name's own.")
     text_column: str | None = Field(

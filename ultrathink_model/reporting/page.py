@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ultrathink_model.errors import DataError
-from ultrathink_model.reporting import alignment, curves, routing, tables
+from ultrathink_model.reporting import alignment, curves, multimodal, routing, tables
 from ultrathink_model.reporting.stages import Stage, read_stage
 
 # The palette of the style sheet has this many stage colours.
@@ -90,6 +90,8 @@ def _content(stages: list[Stage]) -> dict[str, object]:
         "alignment_charts": alignment.alignment_charts(stages),
         "alignment_facts": [(stage, facts) for stage in stages if (facts := alignment.alignment_facts(stage))],
         "alignment_samples": [(stage, stage.samples) for stage in stages if stage.samples],
+        "media_rows": multimodal.media_rows(stages),
+        "media_answers": multimodal.media_answers(stages),
         "prompts": tables.samples_by_prompt(stages),
         "differences": tables.config_differences(stages) if len(stages) > 1 else [],
     }

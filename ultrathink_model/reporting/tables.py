@@ -98,7 +98,12 @@ def other_measures(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
     """Metrics of evaluation that have no column of their own: a name, and a value for each evaluated stage."""
     evaluations = [stage.evaluation for stage in stages if stage.evaluation]
     own = {f"eval/{task}/{measure}" for task in ("validation", *BASELINES) for measure in MEASURES}
-    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics if name not in own)
+    names = dict.fromkeys(
+        name
+        for evaluation in evaluations
+        for name in evaluation.metrics
+        if name not in own and not name.startswith("eval/multimodal/")
+    )
     return [(name, [_shown(evaluation.metrics.get(name)) for evaluation in evaluations]) for name in names]
 
 
