@@ -38,6 +38,8 @@ class UltrathinkConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    image_token_id: int | None = None
+    audio_token_id: int | None = None
 
     def sections(self) -> Any:
         """The architecture with the attributes that the model's modules read."""

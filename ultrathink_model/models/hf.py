@@ -17,15 +17,17 @@ from ultrathink_model.models.hf_config import (
     config_from_hugging_face,
     hugging_face_config,
     is_own_architecture,
+    processor_config,
     read_json,
 )
 from ultrathink_model.models.model_folder import existing_folder, replaced_folder
 from ultrathink_model.models.qwen3_weights import from_qwen3, to_qwen3
-from ultrathink_model.models.tokenizer_files import special_ids, tokenizer_files
+from ultrathink_model.models.tokenizer_files import placeholder_ids, special_ids, tokenizer_files
 from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.weight_files import WeightFiles, write_weights
 
 RUN_CONFIG_FILE = "ultrathink.yaml"
+PROCESSOR_FILE = "processor_config.json"
 # Loads and thresholds of the routers beside Qwen3's weights, where readers of its safetensors do not stumble on them.
 ROUTING_FILE = "routing_state.json"
 # Our model is the attribute `model` of the class that `transformers` loads.
@@ -65,10 +67,12 @@ def save_model(
         _write_state(state, model, new)
         for path in tokenizer:
             shutil.copyfile(path, new / path.name)
-        ids = special_ids(Path(tokenizer_folder))
-        write_json(
-            new / CONFIG_FILE, hugging_face_config(_without_folders(model.config)) | ids | {"dtype": _dtype(state)}
-        )
+        ids, architecture = special_ids(Path(tokenizer_folder)), _without_folders(model.config)
+        media_ids = {}
+        if architecture.advanced.enable_multimodal:
+            media_ids = placeholder_ids(Path(tokenizer_folder))
+            write_json(new / PROCESSOR_FILE, processor_config(architecture))
+        write_json(new / CONFIG_FILE, hugging_face_config(architecture) | ids | media_ids | {"dtype": _dtype(state)})
         write_json(new / "generation_config.json", ids)
         save_config(config, new / RUN_CONFIG_FILE)
         (new / "README.md").write_text(_card(config, model), encoding="utf-8")
@@ -82,7 +86,7 @@ def _without_folders(config: Config) -> Config:
 def _write_state(state: Mapping[str, Tensor], model: Transformer, folder: Path) -> None:
     if is_own_architecture(model.config):
         write_weights(((f"{OWN_PREFIX}{name}", tensor) for name, tensor in state.items()), folder)
-        write_modelling_code(folder)
+        write_modelling_code(folder, with_processor=model.config.advanced.enable_multimodal)
         return
     write_weights(to_qwen3(state, model.config), folder)
     parameters = {name for name, _ in model.named_parameters()}

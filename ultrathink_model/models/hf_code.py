@@ -7,14 +7,21 @@ files are copies with other imports, so that what a folder computes is what was 
 import ast
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = "ultrathink_model"
 MODELLING_MODULE = "modeling_ultrathink"
 CONFIGURATION_MODULE = "configuration_ultrathink"
+PROCESSING_MODULE = "processing_ultrathink"
+PROCESSOR_CLASS = "UltrathinkProcessor"
 AUTO_MAP = {
     "AutoConfig": f"{CONFIGURATION_MODULE}.UltrathinkConfig",
     "AutoModelForCausalLM": f"{MODELLING_MODULE}.UltrathinkForCausalLM",
+}
+MEDIA_AUTO_MAP = {
+    "AutoModelForImageTextToText": f"{MODELLING_MODULE}.UltrathinkForCausalLM",
+    "AutoProcessor": f"{PROCESSING_MODULE}.{PROCESSOR_CLASS}",
 }
 # Stands in for jaxtyping and for our config in annotations; at run time the config is `UltrathinkConfig.sections()`.
 ANNOTATIONS_MODULE = "annotations_ultrathink"
@@ -33,23 +40,23 @@ class _Shaped:
         return item[0]
 
 
-Bool = Float = Int = UInt8 = _Shaped
+Bool = Float = Float32 = Int = UInt8 = _Shaped
 '''
 # What is copied: the modules of these packages that the modelling module imports, beside each other under flat names.
 OWN_IMPORT = re.compile(r"^from ultrathink_model\.((?:(?:models|media)\.[\w.]+)|errors) import", re.MULTILINE)
 ANNOTATIONS_IMPORT = re.compile(r"^from (?:jaxtyping|ultrathink_model\.config(?:\.\w+)*) import", re.MULTILINE)
 
 
-def write_modelling_code(folder: Path) -> None:
-    """Writes `modeling_ultrathink.py` and all that it imports to the folder."""
+def write_modelling_code(folder: Path, with_processor: bool) -> None:
+    """Writes `modeling_ultrathink.py`, and the processor for media, with all that they import to the folder."""
     (folder / f"{ANNOTATIONS_MODULE}.py").write_text(ANNOTATIONS, encoding="utf-8")
-    for module in _modules():
+    for module in _modules([MODELLING_MODULE, PROCESSING_MODULE] if with_processor else [MODELLING_MODULE]):
         (folder / f"{_flat(module)}.py").write_text(_standing_alone(_source(module)), encoding="utf-8")
 
 
-def _modules() -> list[str]:
-    """The modelling module and every module of this package that it imports, directly or not, below the package."""
-    found = [f"models.{MODELLING_MODULE}"]
+def _modules(first: Sequence[str]) -> list[str]:
+    """These modules of `models` and every module that they import, directly or not, by its path below the package."""
+    found = [f"models.{module}" for module in first]
     for module in found:  # grows while it is read
         found += [name for name in dict.fromkeys(OWN_IMPORT.findall(_source(module))) if name not in found]
     return found

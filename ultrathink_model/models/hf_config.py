@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from ultrathink_model.config import Config, make_config
 from ultrathink_model.errors import CheckpointError
-from ultrathink_model.models.hf_code import AUTO_MAP
+from ultrathink_model.models.hf_code import AUTO_MAP, MEDIA_AUTO_MAP, PROCESSOR_CLASS
 
 CONFIG_FILE = "config.json"
 OWN_MODEL_TYPE = "ultrathink"
@@ -35,8 +35,17 @@ def _own_config(config: Config) -> dict[str, Any]:
     return _shared_config(config) | {
         "architectures": ["UltrathinkForCausalLM"],
         "model_type": OWN_MODEL_TYPE,
-        "auto_map": AUTO_MAP,
+        "auto_map": AUTO_MAP | (MEDIA_AUTO_MAP if config.advanced.enable_multimodal else {}),
         "architecture": {name: _resolved(getattr(config, name)) for name in ARCHITECTURE_SECTIONS},
+    }
+
+
+def processor_config(config: Config) -> dict[str, Any]:
+    """The content of `processor_config.json`."""
+    return {
+        "processor_class": PROCESSOR_CLASS,
+        "auto_map": {"AutoProcessor": MEDIA_AUTO_MAP["AutoProcessor"]},
+        "multimodal": _resolved(config.multimodal),
     }
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ultrathink_model.media.batch import NO_SLOT, MediaBatch
 from ultrathink_model.models.configuration_ultrathink import UltrathinkConfig
 from ultrathink_model.models.kv_cache import KVCache
 from ultrathink_model.models.transformer import Transformer
@@ -91,6 +92,9 @@ class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_frames: Tensor | None = None,
         **loss_options: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor | UltrathinkCache, ...]:
         """Logits, with the mean loss of `labels` (not shifted; -100 is left out) where they are given.
@@ -103,6 +107,9 @@ class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: Whether to return a cache; None takes the config's, or False where gradients are recorded.
             logits_to_keep: Last positions whose logits are wanted, or their indices; 0 wants all.
             return_dict: False returns a tuple.
+            pixel_values: (batch, images, 3, side, side), in the order of their tokens; what a row has too many is left out.
+            input_features: (batch, clips, mel, frames), in the order of their tokens.
+            feature_frames: (batch, clips) true frames; 0 where a row has no such clip.
             loss_options: What a trainer says of the loss, `num_items_in_batch` for one.
         """
         seq = input_ids.shape[1]
@@ -111,8 +118,10 @@ class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not torch.is_grad_enabled()  # the cache is written in place
         if use_cache and cache is None:
             cache = UltrathinkCache(KVCache(self.model.config, seq + CACHE_ROOM))
+        is_first = cache is None or cache.blocks.length == 0
         output = self.model(
             input_ids,
+            media=self._media(input_ids, pixel_values, input_features, feature_frames) if is_first else None,
             attention_mask=None if attention_mask is None else attention_mask[:, -seq:].bool(),
             cache=None if cache is None else cache.blocks,
             start=0 if cache is None else cache.blocks.length,
@@ -127,3 +136,32 @@ class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options)
         result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return result if return_dict is not False else result.to_tuple()
+
+    def _media(
+        self, tokens: Tensor, pixels: Tensor | None, features: Tensor | None, frames: Tensor | None
+    ) -> MediaBatch | None:
+        """The media with the places of their tokens, which are whole and in order."""
+        if pixels is None and features is None:
+            return None
+        if self.model.media_encoder is None:
+            raise ValueError("pixel_values or input_features were given to a model without encoders")
+        media = MediaBatch()
+        if pixels is not None:
+            is_image = tokens == self.config.image_token_id
+            patches = self.model.config.multimodal.image_grid**2
+            numbers = torch.arange(pixels.shape[1], device=tokens.device)
+            media.images = pixels[numbers < is_image.sum(dim=1, keepdim=True) // patches].to(self.dtype)
+            media.image_slots = _slots(is_image, media.images.shape[0] * patches)
+        if features is not None:
+            assert frames is not None, "feature_frames go with input_features"
+            options, is_audio = self.model.config.multimodal, tokens == self.config.audio_token_id
+            media.audio, media.audio_frames = features[frames > 0].to(self.dtype), frames[frames > 0]
+            states = (media.audio_frames + 1) // 2
+            media.audio_slots = _slots(is_audio, int(((states - 1) // options.audio_stack + 1).sum()))
+        return media
+
+
+def _slots(is_medium: Tensor, states: int) -> Tensor:
+    """Which state each placeholder takes, row after row; -1 for other tokens, and for those beyond the last state."""
+    order = is_medium.flatten().cumsum(dim=0).view_as(is_medium) - 1
+    return order.where(is_medium & (order < states), NO_SLOT)

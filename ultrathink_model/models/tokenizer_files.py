@@ -6,6 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from ultrathink_model.errors import CheckpointError
+from ultrathink_model.media.placeholders import PLACEHOLDERS
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -36,6 +37,12 @@ def special_ids(folder: Path) -> dict[str, int]:
         if text in known:
             ids[f"{name}_token_id"] = known[text]
     return ids
+
+
+def placeholder_ids(folder: Path) -> dict[str, int | None]:
+    """`image_token_id` and `audio_token_id`; None where the tokenizer has no such token."""
+    known = vocabulary(folder)
+    return {f"{kind}_token_id": known.get(token) for kind, token in PLACEHOLDERS.items()}
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
