@@ -67,7 +67,7 @@ $(PEERS): $(STAMP) benchmarks/peers.txt
 
 docs: $(DOCS) ## write docs/configuration.md from the config models, and build the site into site/
 	$(BIN)/python -m ultrathink_model.config.describe > docs/configuration.md
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(DOCS): $(STAMP)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
