@@ -6,7 +6,7 @@ import torch
 from ultrathink_model.config import load_config, override_config
 from ultrathink_model.config.profiles import PROFILES, profile_path
 from ultrathink_model.models.transformer import Transformer
-from ultrathink_model.planning.parameters import count_parameters
+from ultrathink_model.planning.parameters import count_parameters, frozen_parameters
 
 FEATURES = [
     [],
@@ -16,6 +16,8 @@ FEATURES = [
     ["advanced.enable_dre=true"],
     ["advanced.enable_constitutional=true"],
     ["advanced.enable_moe=true", "advanced.enable_dre=true", "advanced.enable_constitutional=true"],
+    ["advanced.enable_multimodal=true"],
+    ["advanced.enable_multimodal=true", "multimodal.image_architecture=clip", "multimodal.audio_stack=5"],
 ]
 
 
@@ -45,3 +47,20 @@ def test_of_the_experts_only_the_chosen_ones_are_active():
 
 
 WIDTH = "moe.expert_hidden_size=352"
+
+
+@pytest.mark.parametrize("frozen", ["true", "false"])
+def test_parts_of_media_are_those_of_the_model(frozen):
+    config = load_config(profile_path("tiny"), [*FEATURES[-1], f"multimodal.freeze_encoders={frozen}"])
+    encoder = built(config).media_encoder
+    parts = {
+        "image encoder": encoder.image_encoder,
+        "image projection": encoder.image_projector,
+        "audio encoder": encoder.audio_encoder,
+        "audio projection": encoder.audio_projector,
+    }
+    count = count_parameters(config)
+    assert {name: count.parts[name] for name in parts} == {
+        name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()
+    }
+    assert frozen_parameters(config) == sum(p.numel() for p in encoder.parameters() if not p.requires_grad)

@@ -50,7 +50,21 @@ def load_huggingface(folder: Path) -> Predict:
     )
     text = model.generate(**prompt, max_new_tokens=NEW_TOKENS)
     tokenizer.decode(text[0])
+    if (folder / "processor_config.json").is_file():
+        _look_and_listen(folder, model)
     return lambda tokens: model(tokens).logits
+
+
+def _look_and_listen(folder: Path, model: Any) -> None:
+    """Has the model write after an image and a sound that its processor has read."""
+    import numpy  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
+    from transformers import AutoProcessor  # noqa: PLC0415
+
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    tone = numpy.sin(numpy.arange(processor.multimodal["audio_sample_rate"] // 4) / 10).astype(numpy.float32)
+    inputs = processor("<image> and <audio> are", images=Image.new("RGB", (64, 48), "green"), audio=tone)
+    processor.decode(model.generate(**inputs, max_new_tokens=NEW_TOKENS)[0])
 
 
 def load_gguf(path: Path) -> Predict:

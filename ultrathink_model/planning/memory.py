@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from ultrathink_model.config import Config
-from ultrathink_model.planning.parameters import Parameters, count_parameters, expert_width, num_mixtures
+from ultrathink_model.planning.media import media_activations
+from ultrathink_model.planning.parameters import (
+    Parameters,
+    count_parameters,
+    expert_width,
+    frozen_parameters,
+    media_parameters,
+    num_mixtures,
+)
 
 FP32 = 4
 HALF = 2
@@ -68,15 +76,18 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
 
     At the end of the forward pass the activations, the logits of a chunk and the gradients that the cross-entropy has
     made stand beside weights and optimizer state; before the optimizer moves, all gradients do. With accumulation
-    the gradients of the earlier micro-steps stand beside the activations, too.
+    the gradients of the earlier micro-steps stand beside the activations, too. With images, the sequences are taken to
+    be full of them.
     """
     parameters, shares = count_parameters(config), sharding(strategy, config.distributed.zero_stage, ranks)
     cut = 1 / config.distributed.expert_parallel_size
     held = parameters.total - parameters.experts * (1 - cut)
-    largest_block = (parameters.total - parameters.parts["embedding"]) / config.model.num_layers
-    optimizer = held * shares.optimizer * _optimizer_bytes(config, parameters)
+    trained = held - frozen_parameters(config)
+    decoder = parameters.total - sum(media_parameters(config).values())
+    largest_block = (decoder - parameters.parts["embedding"]) / config.model.num_layers
+    optimizer = trained * shares.optimizer * _optimizer_bytes(config, parameters)
     offloaded = config.distributed.cpu_offload
-    gradients = held * shares.gradients * FP32
+    gradients = trained * shares.gradients * FP32
     projection = config.model.vocab_size * config.model.hidden_size * FP32
     saved = {mode: _activations(config, mode) for mode in ("none", "whole")}
     # What `selective` keeps lies between the two: the plan takes the larger.
@@ -86,13 +97,15 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
     # The backward pass begins with all activations, and works through the last block, which it may compute again.
     last_block = _working_bytes(config) + (max(_blocks(config)) if recomputes else 0)
     working = max(_loss_buffers(config) + projection, _micro_batch_tokens(config) * last_block)
-    forward = activations + working + (gradients if accumulates else 0)
+    media = media_activations(config)
+    forward = activations + media + working + (gradients if accumulates else 0)
     backward = gradients + projection
     parts = {
         "weights": held * shares.weights * FP32 + shares.gathered_blocks * largest_block * FP32,
         "optimizer": 0.0 if offloaded else optimizer,
         "gradients": gradients if accumulates or backward > forward else 0.0,
         "activations": activations if forward >= backward else 0.0,
+        "activations of images": media if forward >= backward else 0.0,
         "logits and working memory": working if forward >= backward else projection,
     }
     if config.training.use_amp:
@@ -107,14 +120,16 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
 def checkpoint_bytes(config: Config) -> float:
     """Size of one checkpoint: weights and optimizer state."""
     parameters = count_parameters(config)
-    return parameters.total * (FP32 + _optimizer_bytes(config, parameters))
+    trained = parameters.total - frozen_parameters(config)
+    return parameters.total * FP32 + trained * _optimizer_bytes(config, parameters)
 
 
 def _optimizer_bytes(config: Config, parameters: Parameters) -> float:
     """Bytes of optimizer state a weight, in the mean."""
     if config.training.optimizer == "adamw":
         return ADAMW_BYTES
-    moved = sum(parameters.parts.get(name, 0) for name in ("attention", "feed-forward", "experts")) / parameters.total
+    names = ("attention", "feed-forward", "experts", "image encoder", "audio encoder")
+    moved = sum(parameters.parts.get(name, 0) for name in names) / parameters.total
     return moved * MUON_BYTES + (1 - moved) * ADAMW_BYTES
 
 

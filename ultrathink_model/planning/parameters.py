@@ -14,7 +14,8 @@ class Parameters:
 
     Attributes:
         parts: Number of parameters by the name of the part; parts that a model does not have are left out.
-        active: Those that take part in one token's computation: of the experts, the chosen ones alone.
+        active: Those that take part in one token's computation: of the experts, the chosen ones alone. The encoders of
+            images and sound are counted, too, though text passes them by.
         experts: Those of all experts.
     """
 
@@ -48,9 +49,42 @@ def count_parameters(config: Config) -> Parameters:
         "depth routers": routed * (hidden + DEPTH_STRENGTHS),
         "norms": layers * (2 * hidden + 2 * model.head_size) + hidden,
         "harm head": categories * (hidden + 1),
+        **media_parameters(config),
     }
     idle = experts - mixtures * moe.moe_top_k * expert
     return Parameters({name: number for name, number in parts.items() if number}, sum(parts.values()) - idle, experts)
+
+
+def media_parameters(config: Config) -> dict[str, int]:
+    """The encoders of images and sound, and their projections into the decoder; empty without them."""
+    if not config.advanced.enable_multimodal:
+        return {}
+    media, hidden = config.multimodal, config.model.hidden_size
+    width, is_clip = media.image_hidden_size, media.image_architecture == "clip"
+    # CLIP has a class token and its place, SigLIP a bias on the patches; each has one norm beside the blocks.
+    image = 3 * media.patch_size**2 * width + media.image_grid**2 * width + (2 if is_clip else 1) * width + 2 * width
+    image += media.image_layers * _encoder_block(width, media.image_inner_size)
+    heard = media.audio_hidden_size
+    audio = (3 * media.mel_bins * heard + heard) + (3 * heard * heard + heard) + 2 * heard
+    audio += media.audio_layers * _encoder_block(heard, media.audio_inner_size)
+    stacked = media.audio_stack * heard
+    return {
+        "image encoder": image,
+        "image projection": width + width * hidden + hidden * hidden,
+        "audio encoder": audio,
+        "audio projection": stacked + stacked * hidden + hidden * hidden,
+    }
+
+
+def frozen_parameters(config: Config) -> int:
+    """Parameters that are not trained: they have no gradient and no optimizer state."""
+    media = media_parameters(config)
+    return media["image encoder"] + media["audio encoder"] if media and config.multimodal.freeze_encoders else 0
+
+
+def _encoder_block(width: int, inner: int) -> int:
+    """Two norms; queries, keys and values, with biases on all but the keys; the output; the feed-forward."""
+    return 4 * width + (3 * width * width + 2 * width) + (width * width + width) + (2 * width * inner + inner + width)
 
 
 def num_mixtures(config: Config) -> int:

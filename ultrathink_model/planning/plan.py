@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ultrathink_model.config import Config
 from ultrathink_model.planning.compute import forward_flops_per_token, training_flops_per_token
 from ultrathink_model.planning.hardware import Device
+from ultrathink_model.planning.media import media_flops_per_token
 from ultrathink_model.planning.memory import FP32, Memory, checkpoint_bytes, training_memory
 from ultrathink_model.planning.parameters import Parameters, count_parameters
 
@@ -46,9 +47,17 @@ class Plan:
         return self.memory.total / GIB <= device.memory_gib * (1 - RESERVED_SHARE) - RESERVED_GIB
 
     def tokens_per_second(self, device: Device, utilisation: float) -> float:
-        """Training tokens a second over all ranks, at a share of the device's peak."""
+        """Training tokens of text a second over all ranks, at a share of the device's peak."""
+        return self._flops_per_second(device, utilisation) / self.training_flops
+
+    def image_tokens_per_second(self, device: Device, utilisation: float) -> float:
+        """The same of sequences that are full of images, each of which its encoder reads once."""
+        work = self.training_flops + media_flops_per_token(self.config)
+        return self._flops_per_second(device, utilisation) / work
+
+    def _flops_per_second(self, device: Device, utilisation: float) -> float:
         peak = device.tflops if self.config.training.use_amp else device.tflops_fp32
-        return self.ranks * peak * 1e12 * utilisation / self.training_flops
+        return self.ranks * peak * 1e12 * utilisation
 
 
 def make_plan(config: Config, ranks: int = 1, samples: int | None = None) -> Plan:
