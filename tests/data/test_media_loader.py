@@ -6,8 +6,9 @@ from media_rows import media_config, write_rows
 from ultrathink_model.config import override_config
 from ultrathink_model.data import TrainLoader, ValidationLoader, prepare_data
 from ultrathink_model.data.document import Medium
+from ultrathink_model.data.manifest import MEDIA_FOLDER
 from ultrathink_model.data.media_index import MediaIndex, MediaIndexWriter
-from ultrathink_model.data.media_store import FOLDER, MediaStore
+from ultrathink_model.data.media_store import MediaStore
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.evaluation.ngram import baseline_losses
 from ultrathink_model.media.image import normalise_image
@@ -48,7 +49,7 @@ def test_every_medium_token_of_the_input_has_its_slot_and_no_other_token_has_one
 def test_slots_lead_to_the_medium_that_stands_there(prepared):
     """By the way of the stream: the n-th token of an image is the n-th patch of that image's own pixels."""
     config, manifest = prepared
-    store = MediaStore(manifest.path / FOLDER, manifest.media)
+    store = MediaStore(manifest.path / MEDIA_FOLDER, manifest.media)
     pixels = {store.image(number).tobytes(): number for number in range(manifest.media.images)}
     seen = set()
     for batch in ValidationAndTrain(manifest, config):
@@ -78,7 +79,7 @@ def _raw(image, info):
 
 def test_pixels_are_normalised_and_sounds_padded_with_silence(prepared):
     config, manifest = prepared
-    store = MediaStore(manifest.path / FOLDER, manifest.media)
+    store = MediaStore(manifest.path / MEDIA_FOLDER, manifest.media)
     batch = next(
         batch for batch in ValidationAndTrain(manifest, config) if batch.media and batch.media.audio is not None
     )

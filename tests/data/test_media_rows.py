@@ -18,8 +18,9 @@ from PIL import Image
 from ultrathink_model.config import override_config, save_config
 from ultrathink_model.data import Tokenizer, load_manifest, prepare_data
 from ultrathink_model.data.hub import _undecoded
+from ultrathink_model.data.manifest import MEDIA_FOLDER
 from ultrathink_model.data.media_index import MediaIndex
-from ultrathink_model.data.media_store import FOLDER, MediaStore, MediaWriter
+from ultrathink_model.data.media_store import MediaStore, MediaWriter
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.errors import ConfigError, DataError, TokenizerError
 from ultrathink_model.media.audio import load_audio, log_mel
@@ -48,7 +49,7 @@ def test_the_stream_holds_a_run_of_tokens_for_each_medium_and_the_index_and_stor
     manifest = prepare_data(config)
     tokenizer = Tokenizer.load(manifest.tokenizer_folder)
     assert manifest.media.token_ids == tokenizer.media_ids
-    store = MediaStore(manifest.path / FOLDER, manifest.media)
+    store = MediaStore(manifest.path / MEDIA_FOLDER, manifest.media)
     held_out = [number for number in range(ROWS) if number % 10 == 9]
     for split, numbers in (
         ("validation", held_out),
@@ -188,7 +189,7 @@ def test_without_the_feature_placeholders_are_text_and_columns_are_not_read(conf
     plain = prepare_data(override_config(config, ["advanced.enable_multimodal=false"]))
     assert plain.media is None
     assert plain.splits["train"].media_tokens == 0
-    assert not (plain.path / FOLDER).exists()
+    assert not (plain.path / MEDIA_FOLDER).exists()
     tokenizer = Tokenizer.load(plain.tokenizer_folder)
     assert tokenizer.media_ids == {}
     assert tokenizer.decode(tokenizer.encode("an <image> here")) == "an <image> here"
@@ -276,6 +277,14 @@ def test_a_store_that_was_cut_off_is_gone_on_with(config, tmp_path):
     assert again.counts == whole.counts == (4, 4)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["media/images.bin", "media/audio.ends", "train/00/media.bin"])
+def test_a_prepared_folder_that_lacks_a_part_of_its_media_is_refused(config, name):
+    file = prepare_data(config).path / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"should hold .* bytes and holds .* delete .* and start again"):
+        prepare_data(config)
 
 
 PREPARE = """

@@ -15,6 +15,7 @@ from ultrathink_model.data.card import Notes, write_card
 from ultrathink_model.data.intake import SPLITS, Intake
 from ultrathink_model.data.manifest import (
     FORMAT_VERSION,
+    MEDIA_FOLDER,
     CleaningPart,
     DataManifest,
     MediaInfo,
@@ -22,7 +23,7 @@ from ultrathink_model.data.manifest import (
     media_settings,
     save_manifest,
 )
-from ultrathink_model.data.media_store import FOLDER, MediaWriter
+from ultrathink_model.data.media_store import MediaWriter
 from ultrathink_model.data.sources import Ingredient
 from ultrathink_model.data.tokenize import write_source
 from ultrathink_model.data.tokenizer import Tokenizer, check_fits
@@ -87,7 +88,11 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
         from ultrathink_model.data.cleaning.clean import clean  # noqa: PLC0415
 
         ingredients, parts, extracted = clean(config, ingredients, part)
-    with MediaWriter(part / FOLDER, config.multimodal) if config.advanced.enable_multimodal else nullcontext() as media:
+    with (
+        MediaWriter(part / MEDIA_FOLDER, config.multimodal)
+        if config.advanced.enable_multimodal
+        else nullcontext() as media
+    ):
         manifest, notes = _write_sources(config, ingredients, fingerprint, part, media)
     if parts:
         # Bad rows were left out before cleaning.
@@ -140,7 +145,13 @@ def _describe_media(media: MediaWriter, config: Config, tokenizer: Tokenizer) ->
     """What the media store holds, and how it was made."""
     images, sounds = media.counts
     logger.info("the media store holds %d images and %d sounds", images, sounds)
-    return MediaInfo(**media_settings(config.multimodal), token_ids=tokenizer.media_ids, images=images, sounds=sounds)
+    return MediaInfo(
+        **media_settings(config.multimodal),
+        token_ids=tokenizer.media_ids,
+        images=images,
+        sounds=sounds,
+        sound_bytes=media.sound_bytes,
+    )
 
 
 def _settle_tokenizer(

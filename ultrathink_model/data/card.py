@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 
 from ultrathink_model.data.document import Document, Split, make_excerpt
-from ultrathink_model.data.manifest import DataManifest
-from ultrathink_model.data.media_store import FOLDER, MediaStore
+from ultrathink_model.data.manifest import MEDIA_FOLDER, DataManifest
+from ultrathink_model.data.media_store import MediaStore
 from ultrathink_model.data.shards import read_ends
 from ultrathink_model.media.image import as_data_address
 
@@ -83,7 +83,7 @@ def _thumbnails(manifest: DataManifest, folder: Path, sample: Sample) -> list[st
     """The sample's images, small, as addresses that hold them."""
     if manifest.media is None or not sample.images:
         return []
-    store = MediaStore(folder / FOLDER, manifest.media)
+    store = MediaStore(folder / MEDIA_FOLDER, manifest.media)
     return [as_data_address(store.image(number), THUMBNAIL_SIDE) for number in sample.images]
 
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ultrathink_model.config import Config
 from ultrathink_model.config.model import MoEConfig
 from ultrathink_model.data.batch import NO_GROUP, Batch, make_batch
-from ultrathink_model.data.manifest import DataManifest, SourceInfo, Split, media_settings
+from ultrathink_model.data.manifest import MEDIA_FOLDER, DataManifest, SourceInfo, Split, media_settings
 from ultrathink_model.data.media_batch import make_media_batch
 from ultrathink_model.data.media_index import MediaIndex
-from ultrathink_model.data.media_store import FOLDER, MediaStore
+from ultrathink_model.data.media_store import MediaStore
 from ultrathink_model.data.mixture import SampleOrder
 from ultrathink_model.data.pack import BestFitRows, Row, Segment, StreamRows, padding_row, read_row
 from ultrathink_model.data.shards import TokenStream
@@ -91,7 +91,7 @@ class SplitReader:
     def _store(self) -> MediaStore:
         manifest = self._manifest
         assert manifest.media is not None, "the caller has looked"
-        return MediaStore(manifest.path / FOLDER, manifest.media)
+        return MediaStore(manifest.path / MEDIA_FOLDER, manifest.media)
 
     @functools.cached_property
     def _streams(self) -> list[tuple[TokenStream, StreamRows | BestFitRows, MediaIndex | None]]:

@@ -16,6 +16,10 @@ from ultrathink_model.media.placeholders import Kind
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Literal[2] = 2
+MEDIA_FOLDER = "media"
+DIGEST_BYTES = 32
+INDEX_NAME = "media.bin"
+INDEX_ENTRY_BYTES = 32
 
 
 class SplitInfo(BaseModel):
@@ -107,7 +111,10 @@ class CleaningPart(BaseModel):
 
 
 class MediaInfo(BaseModel):
-    """How images and sounds were preprocessed, the ids of their tokens, and how many different ones are stored."""
+    """How images and sounds were preprocessed, the ids of their tokens, and how many different ones are stored.
+
+    `sound_bytes` is the size of all sounds together; an image's follows from `image_size`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -122,6 +129,18 @@ class MediaInfo(BaseModel):
     token_ids: dict[Kind, int]
     images: int
     sounds: int
+    sound_bytes: int
+
+    def file_sizes(self) -> dict[str, int]:
+        """The bytes of each file of the media store, named within the manifest's folder."""
+        sizes: dict[str, int] = {}
+        for name, count, size in (
+            ("images", self.images, 3 * self.images * self.image_size**2),
+            ("audio", self.sounds, self.sound_bytes),
+        ):
+            stem = f"{MEDIA_FOLDER}/{name}"
+            sizes |= {f"{stem}.bin": size, f"{stem}.ends": 8 * count, f"{stem}.sha256": DIGEST_BYTES * count}
+        return sizes
 
 
 MEDIA_KEYS = (
@@ -175,7 +194,7 @@ def save_manifest(manifest: DataManifest, folder: Path) -> None:
 
 
 def load_manifest(folder: str | Path) -> DataManifest:
-    """Reads the manifest of a prepared folder and checks that its shards are there, whole.
+    """Reads the manifest of a prepared folder and checks that its shards and its media are there, whole.
 
     Raises:
         DataError: The folder is not prepared data of this version, or a shard is missing or has another size.
@@ -196,4 +215,20 @@ def load_manifest(folder: str | Path) -> DataManifest:
             size = file.stat().st_size if file.is_file() else -1
             if size != shard.tokens * width or not (folder / shard.documents_file).is_file():
                 raise DataError(f"{file} should hold {shard.tokens * width} bytes and holds {max(size, 0)}; {remedy}")
+    for name, size in _media_files(manifest).items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found != size:
+            raise DataError(f"{folder / name} should hold {size} bytes and holds {found}; {remedy}")
     return manifest
+
+
+def _media_files(manifest: DataManifest) -> dict[str, int]:
+    """The bytes of each file of media; none for data without."""
+    if manifest.media is None:
+        return {}
+    sizes = manifest.media.file_sizes()
+    for source in manifest.sources:
+        for split, info in source.splits.items():
+            index = Path(source.shards[split][0].tokens_file).parent / INDEX_NAME
+            sizes[index.as_posix()] = INDEX_ENTRY_BYTES * (info.images + info.sounds)
+    return sizes

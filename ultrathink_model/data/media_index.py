@@ -8,11 +8,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from ultrathink_model.data.document import Medium
+from ultrathink_model.data.manifest import INDEX_ENTRY_BYTES, INDEX_NAME
 from ultrathink_model.media.placeholders import KINDS, Kind
 
-NAME = "media.bin"
-FIELDS = 4
-ENTRY_BYTES = 8 * FIELDS
+FIELDS = INDEX_ENTRY_BYTES // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,11 @@ class MediaIndexWriter:
 
     def __init__(self, folder: Path, entries: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / NAME
+        path = folder / INDEX_NAME
         path.touch()
         self._file = path.open("r+b")
-        self._file.truncate(entries * ENTRY_BYTES)
-        self._file.seek(entries * ENTRY_BYTES)
+        self._file.truncate(entries * INDEX_ENTRY_BYTES)
+        self._file.seek(entries * INDEX_ENTRY_BYTES)
 
     def add(self, offset: int, medium: Medium) -> None:
         """Notes that the tokens of a medium begin at `offset` of the stream."""
@@ -72,7 +71,7 @@ class MediaIndex:
     """The media of a source's split, mapped from its file."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / NAME
+        path = folder / INDEX_NAME
         size = path.stat().st_size
         # An empty file cannot be mapped.
         values = np.memmap(path, dtype="<i8", mode="r").view(np.ndarray) if size else np.zeros(0, dtype="<i8")

@@ -16,7 +16,7 @@ from jaxtyping import Float16, UInt8
 
 from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.data.document import Medium
-from ultrathink_model.data.manifest import MediaInfo
+from ultrathink_model.data.manifest import DIGEST_BYTES, MediaInfo
 from ultrathink_model.errors import MediaError
 from ultrathink_model.media.audio import load_audio, log_mel
 from ultrathink_model.media.counts import frame_tokens, image_tokens
@@ -24,8 +24,6 @@ from ultrathink_model.media.image import load_image
 from ultrathink_model.media.placeholders import Kind
 from ultrathink_model.media.source import describe, read_bytes
 
-FOLDER = "media"
-DIGEST_BYTES = 32
 # What is not yet on disk is made again after a kill: no more than this.
 UNSYNCED_BYTES = 2**26
 
@@ -75,6 +73,11 @@ class MediaWriter:
     def counts(self) -> tuple[int, int]:
         """How many images and how many sounds the store holds."""
         return self._images.count, self._sounds.count
+
+    @property
+    def sound_bytes(self) -> int:
+        """The size of all sounds together."""
+        return self._sounds.bytes
 
     def __enter__(self) -> "MediaWriter":
         return self
@@ -165,6 +168,10 @@ class _Entries:
     @property
     def count(self) -> int:
         return len(self._ends)
+
+    @property
+    def bytes(self) -> int:
+        return self._ends[-1] if self._ends else 0
 
 
 class _Mapped:
