@@ -35,6 +35,9 @@ COMMANDS = {
     "stacks": ("pipelines.stacks_command", ("pydantic", "yaml", "zenml")),
     "status": ("pipelines.status_command", ("pydantic", "yaml", "zenml")),
     "rerun": ("pipelines.rerun_command", ("pydantic", "yaml", "torch", "zenml", "mlflow", "datasets", "transformers")),
+    "compare": ("ultrathink_model.reporting.compare", ("pydantic", "yaml", "jinja2")),
+    "promote": ("ultrathink_model.promotion.command", ("pydantic", "yaml", "mlflow")),
+    "rollback": ("ultrathink_model.promotion.rollback", ("pydantic", "yaml", "mlflow")),
     "doctor": ("ultrathink_model.doctor", ("pydantic", "yaml", "psutil", "packaging")),
 }
 PROFILES = ("auto", "tiny", "small", "medium", "large")

@@ -8,8 +8,10 @@ from steps.constitutional import constitutional
 from steps.evaluate import evaluate
 from steps.export import export
 from steps.failure import note_failure
+from steps.gate import gate
 from steps.prepare_data import prepare_data
 from steps.pretrain import pretrain
+from steps.promote import promote
 from steps.report import report
 from steps.resume import resume
 from steps.reward import reward
@@ -20,10 +22,11 @@ from steps.rlhf import rlhf
 def production_pipeline(
     profile: str | None = None, config: str | None = None, overrides: list[str] | None = None
 ) -> None:
-    """Prepares data, trains a baseline, adds features to it, aligns it, evaluates each model, exports the last, reports.
+    """Prepares data, trains a baseline, adds features to it, aligns it, evaluates each model, exports the last, reports, promotes.
 
     With `advanced.enable_constitutional` or `constitutional.enabled` there is a stage of Constitutional AI before
-    alignment, whose preferences the reward model then learns from.
+    alignment, whose preferences the reward model then learns from. The gate decides before anything is registered; a
+    model that does not pass it is exported and reported all the same, and then the run ends with exit code 3.
 
     Args:
         profile: `auto` (also when neither it nor `config` is given), `tiny`, `small`, `medium` or `large`.
@@ -45,6 +48,8 @@ def production_pipeline(
         step = f"evaluate_{name}"
         evaluations.append(evaluate(plan[step], data, stage, id=step, after=[before]))
         before = step
-    exported = export(plan["export"], stages["rlhf"], evaluations[-1], id="export")
+    decision = gate(plan["gate"], evaluations[-1], id="gate")
+    exported = export(plan["export"], stages["rlhf"], evaluations[-1], id="export", after=["gate"])
     trained = [*stages.values()] if rewards is None else [*list(stages.values())[:-1], rewards, stages["rlhf"]]
-    report(plan["report"], trained, evaluations, exported, id="report")
+    report(plan["report"], trained, evaluations, exported, decision, id="report")
+    promote(plan["promote"], decision, evaluations[-1], exported, id="promote", after=["report"])

@@ -62,7 +62,7 @@ def alignment_code() -> str:
 
 def evaluation_code() -> str:
     """Hash of the code that evaluates and writes a stage's report."""
-    return hash_code((*MODEL_CODE, "evaluation", "tracking", "reporting", "stage.py"))
+    return hash_code((*MODEL_CODE, "evaluation", "tracking", "promotion", "reporting", "stage.py"))
 
 
 def export_code() -> str:
@@ -72,7 +72,12 @@ def export_code() -> str:
 
 def report_code() -> str:
     """Hash of the code that writes the report."""
-    return hash_code((*MODEL_CODE, "evaluation", "tracking", "reporting"))
+    return hash_code((*MODEL_CODE, "evaluation", "tracking", "promotion", "reporting"))
+
+
+def promotion_code() -> str:
+    """Hash of the code that puts a model into production."""
+    return hash_code(("errors.py", "config", "tracking", "promotion"))
 
 
 PREPARE_DATA = CachePolicy(cache_func=data_code)
@@ -81,6 +86,7 @@ ALIGN = CachePolicy(cache_func=alignment_code)
 EVALUATE = CachePolicy(cache_func=evaluation_code)
 EXPORT = CachePolicy(cache_func=export_code)
 REPORT = CachePolicy(cache_func=report_code)
+PROMOTE = CachePolicy(cache_func=promotion_code)
 
 
 def expire_stale_results(folder: str, step_names: Iterable[str]) -> None:

@@ -72,6 +72,12 @@ def finish_parent_run(plan: StepPlan, run_id: str, evaluation: EvaluationReferen
     _write(plan, WorkflowRecord(mlflow_run_id=run_id, is_finished=True))
 
 
+def known_parent_run(plan: StepPlan) -> str | None:
+    """The id of the workflow's MLflow run, through or not; None where it has none."""
+    record = _read(plan)
+    return record.mlflow_run_id if record else None
+
+
 def _find_or_create(plan: StepPlan, trains: bool) -> str | None:
     record = _read(plan)
     store = MlflowStore(plan.config.logging)

@@ -90,6 +90,13 @@ class EvaluationReference(Reference):
     mlflow_run_id: str | None
 
 
+class GateReference(Reference):
+    """The decision on a stage's model: `gates.json` in its run's folder."""
+
+    passed: bool
+    reason: str
+
+
 class ExportReference(Reference):
     """An exported model."""
 

@@ -8,7 +8,15 @@ from zenml.types import HTMLString
 
 from steps.caching import REPORT
 from steps.parent_run import finish_parent_run, parent_run
-from steps.references import EvaluationReference, ExportReference, ReportReference, StageReference, hash_files, publish
+from steps.references import (
+    EvaluationReference,
+    ExportReference,
+    GateReference,
+    ReportReference,
+    StageReference,
+    hash_files,
+    publish,
+)
 from ultrathink_model.reporting import write_report
 from ultrathink_model.workflow import StepPlan
 
@@ -17,15 +25,19 @@ FILE_NAME = "report.html"
 
 @step(cache_policy=REPORT)
 def report(
-    plan: StepPlan, stages: list[StageReference], evaluations: list[EvaluationReference], exported: ExportReference
+    plan: StepPlan,
+    stages: list[StageReference],
+    evaluations: list[EvaluationReference],
+    exported: ExportReference,
+    decision: GateReference | None = None,
 ) -> tuple[Annotated[ReportReference, "report"], Annotated[HTMLString, "report_page"]]:
     """Writes one page over all stages, which ZenML's dashboard shows too, and closes the workflow's MLflow run."""
     folder = Path(plan.folder)
     print(f"{plan.title}: {folder / FILE_NAME}", flush=True)
     title = f"{folder.name} · {Path(plan.folder).parent.name}"
+    for part in (*evaluations, *([decision] if decision else [])):
+        part.fetch()
     page = write_report([stage.fetch().folder for stage in stages], folder / FILE_NAME, title)
-    for evaluation in evaluations:
-        evaluation.fetch()
     with parent_run(plan) as run_id:
         if run_id:
             exported.fetch()

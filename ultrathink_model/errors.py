@@ -63,6 +63,10 @@ class RewardError(UltrathinkError):
     """A reward that cannot be computed, or that is no finite number."""
 
 
+class RegistryError(UltrathinkError):
+    """A model registry that cannot be reached, or that does not hold what is asked of it."""
+
+
 class TrainingStoppedError(UltrathinkError):
     """Training was stopped by a signal after its state had been saved; start again to go on."""
 

@@ -18,9 +18,11 @@ from ultrathink_model.config import Config, load_config
 from ultrathink_model.config.constitutional import ConstitutionalConfig
 from ultrathink_model.config.data import DataConfig
 from ultrathink_model.config.export import ExportConfig, check_formats
+from ultrathink_model.config.gates import read_gates
 from ultrathink_model.config.model import DREConfig, MoEConfig
 from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.config.profiles import profile_path, resolve_profile
+from ultrathink_model.config.promotion import PromotionConfig
 from ultrathink_model.config.rlhf import RLHFConfig
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.evaluation.task_files import check_inputs
@@ -58,6 +60,8 @@ ONE_PROCESS = ("distributed.enabled=false", "distributed.strategy=null", "distri
 WITH_DIGITS = ("data.mix_datasets=sotu:0.5,digits:0.5", "data.train_samples=3200")
 # The stages that a workflow has only with Constitutional AI, and with a reward model of preference pairs.
 CONSTITUTIONAL = "constitutional"
+# The steps that read the section `promotion`.
+PROMOTING = ("gate", "promote")
 REWARD = "reward"
 CONDITIONS = {
     CONSTITUTIONAL: "advanced.enable_constitutional=true or constitutional.enabled=true; add one of them",
@@ -116,8 +120,10 @@ WORKFLOWS = {
             "evaluate_advanced",
             f"evaluate_{CONSTITUTIONAL}",
             "evaluate_rlhf",
+            "gate",
             "export",
             "report",
+            "promote",
         ),
     ),
     "multi_gpu": Workflow(
@@ -221,9 +227,13 @@ def plan_workflow(
     }
     for evaluated in configs.values():
         check_inputs(evaluated.evaluation)
+    if "gate" in names:
+        read_gates(configs[stage_of(workflow, "gate")].promotion.gates_file)
     steps = {}
     for number, name in enumerate(names, start=1):
         step_config = configs[stage_of(workflow, name)]
+        if name not in PROMOTING:
+            step_config = step_config.model_copy(update={"promotion": PromotionConfig()})
         if not name.startswith("evaluate_"):
             # What was trained stays valid when a gate moves, or the finished model is measured in another way.
             step_config = step_config.model_copy(update={"evaluation": step_config.evaluation.while_training()})

@@ -108,7 +108,26 @@ def test_tuning_one_stage_leaves_the_plans_of_the_others():
     before = plan_workflow("production", "tiny")
     after = plan_workflow("production", "tiny", overrides=["rlhf.ppo_epochs=2", "moe.load_balance_weight=0.5"])
     changed = {name for name in before.steps if plan_hash(before[name]) != plan_hash(after[name])}
-    assert changed == {"advanced", "reward", "rlhf", "evaluate_advanced", "evaluate_rlhf", "export", "report"}
+    assert changed == {
+        "advanced",
+        "reward",
+        "rlhf",
+        "evaluate_advanced",
+        "evaluate_rlhf",
+        "gate",
+        "export",
+        "report",
+        "promote",
+    }
+
+
+def test_the_gates_are_read_by_the_steps_that_promote_alone(tmp_path):
+    (tmp_path / "gates.yaml").write_text("[{metric: eval/x, direction: lower, bound: 1}]", encoding="utf-8")
+    before = plan_workflow("production", "tiny")
+    after = plan_workflow("production", "tiny", overrides=[f"promotion.gates_file={tmp_path / 'gates.yaml'}"])
+    assert {name for name in before.steps if plan_hash(before[name]) != plan_hash(after[name])} == {"gate", "promote"}
+    with pytest.raises(ConfigError, match=r"promotion\.gates_file=nowhere\.yaml"):
+        plan_workflow("production", "tiny", overrides=["promotion.gates_file=nowhere.yaml"])
 
 
 def test_a_changed_input_file_changes_the_plan(tmp_path):

@@ -48,4 +48,6 @@ def test_constitutional_stage_hands_its_model_and_its_preferences_to_rlhf(worksp
     assert any(name.startswith("eval/safety/auc_") for name in evaluation["metrics"])
     assert json.loads((folder / "export" / "config.json").read_text())["architectures"] == ["UltrathinkForCausalLM"]
     again = production_pipeline(config="guarded.yaml", overrides=OVERRIDES)
-    assert {str(step.status) for step in again.steps.values()} == {"cached"}
+    # The gate looks at what is in production now, and what follows on it looks at the gate.
+    made_again = {name for name, step in again.steps.items() if str(step.status) != "cached"}
+    assert made_again == {"gate", "report", "promote"}

@@ -9,6 +9,7 @@ from ultrathink_model.config.evaluation import EvaluationConfig
 from ultrathink_model.config.export import ExportConfig
 from ultrathink_model.config.model import AdvancedConfig, DREConfig, ModelConfig, MoEConfig
 from ultrathink_model.config.multimodal import MultimodalConfig
+from ultrathink_model.config.promotion import PromotionConfig
 from ultrathink_model.config.rlhf import RLHFConfig
 from ultrathink_model.config.section import Section
 from ultrathink_model.config.training import (
@@ -36,6 +37,7 @@ class Config(Section):
         CleaningConfig(), description="What is mended, masked and removed before tokenizing."
     )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is measured, and when.")
+    promotion: PromotionConfig = Field(PromotionConfig(), description="What puts a model into production.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Metrics and messages.")
     output: OutputConfig = Field(OutputConfig(), description="Where the run writes.")
     export: ExportConfig = Field(ExportConfig(), description="What the export holds.")

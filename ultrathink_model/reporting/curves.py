@@ -16,20 +16,21 @@ ENGINE_CHARTS = (
 )
 
 
-def token_offsets(stages: Sequence[Stage]) -> list[float]:
-    """Tokens that the stages before each one trained on; stages stand one after another on the common axis."""
+def set_offsets(stages: Sequence[Stage]) -> None:
+    """Lays the stages one after another on the common axis of tokens."""
     trained = [max(stage.curve("train/loss")[0] + stage.curve("val/loss")[0], default=0.0) for stage in stages]
-    return list(accumulate(trained, initial=0.0))[: len(stages)]
+    for stage, offset in zip(stages, accumulate(trained, initial=0.0), strict=False):
+        stage.offset = offset
 
 
 def stage_series(stages: Sequence[Stage], metric: str, label: str = "{stage}", style: Style = "line") -> list[Series]:
     """One curve for each stage that logged the metric, in the stage's colour, over the tokens of all stages."""
     series = []
-    for stage, offset in zip(stages, token_offsets(stages), strict=True):
+    for stage in stages:
         x, y = stage.curve(metric)
         if x:
             name = label.format(stage=stage.name)
-            series.append(Series(name, stage.number, [offset + value for value in x], y, style))
+            series.append(Series(name, stage.number, [stage.offset + value for value in x], y, style))
     return series
 
 
@@ -64,10 +65,9 @@ def baseline_levels(stages: Sequence[Stage]) -> list[Level]:
 
 
 def stage_starts(stages: Sequence[Stage]) -> list[tuple[float, str]]:
-    """Where each stage but the first begins on the common axis."""
+    """Where each stage but the first begins on the common axis; none where they lie beside each other."""
     trained = [stage for stage in stages if stage.curve("train/loss")[0] or stage.curve("val/loss")[0]]
-    offsets = token_offsets(stages)
-    return [(offsets[stages.index(stage)], stage.name) for stage in trained[1:]]
+    return [(stage.offset, stage.name) for stage in trained[1:] if stage.offset]
 
 
 def engine_charts(stages: Sequence[Stage]) -> list[LineChart]:

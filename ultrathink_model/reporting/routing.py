@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultrathink_model.reporting.chart import Level, LineChart, Series
-from ultrathink_model.reporting.curves import stage_series, stage_starts, token_offsets
+from ultrathink_model.reporting.curves import stage_series, stage_starts
 from ultrathink_model.reporting.stages import Stage
 
 PATHS = ("fast", "standard", "deep", "ultra_deep")
@@ -191,7 +191,7 @@ def _cell(layer: int, group: str, expert: int, share: float, experts: int) -> Ce
 def _depth_series(stages: Sequence[Stage]) -> list[Series]:
     """The paths' shares over time, stacked from fast at the bottom to ultra-deep at the top."""
     series: list[Series] = []
-    for stage, offset in zip(stages, token_offsets(stages), strict=True):
+    for stage in stages:
         curves = [stage.curve(f"train/dre/path/{path}") for path in PATHS]
         x = curves[0][0]
         if not x or any(other != x for other, _ in curves):
@@ -199,7 +199,7 @@ def _depth_series(stages: Sequence[Stage]) -> list[Series]:
         base = [0.0] * len(x)
         for number, (path, (_, shares)) in enumerate(zip(PATHS, curves, strict=True)):
             top = [low + share for low, share in zip(base, shares, strict=True)]
-            place = [offset + value for value in x]
+            place = [stage.offset + value for value in x]
             series.append(Series(_spoken(path), number, place, top, "area", "path", base))
             base = top
     return series

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ultrathink_model.evaluation.result import EvaluationResult
+from ultrathink_model.promotion.decision import Decision
 from ultrathink_model.tracking.metrics import read_metrics
 from ultrathink_model.tracking.run_folder import RunFolder
 
@@ -47,7 +48,13 @@ class RoutingRecord(BaseModel):
 
 @dataclass
 class Stage:
-    """One run folder, as far as it can be read."""
+    """One run folder, as far as it can be read.
+
+    Attributes:
+        previous: The evaluation of the run that was in this folder before.
+        decision: Whether its model may go into production, where that was asked.
+        offset: Where the stage begins on an axis of tokens that it shares with others.
+    """
 
     name: str
     folder: Path
@@ -57,9 +64,12 @@ class Stage:
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     evaluation: EvaluationResult | None = None
+    previous: EvaluationResult | None = None
+    decision: Decision | None = None
     samples: list[AlignmentSample] = field(default_factory=list)
     routing: RoutingRecord | None = None
     problems: list[str] = field(default_factory=list)
+    offset: float = 0.0
 
     def curve(self, metric: str, axis: str = "tokens") -> tuple[list[float], list[float]]:
         """The logged values of a metric against `tokens` or `step`, without those that are not finite."""
@@ -103,6 +113,9 @@ def read_stage(folder: Path, number: int) -> Stage:
     stage.config = read(paths.config_file, _read_config) or {}
     stage.rows = read(paths.metrics_file, read_metrics) or []
     stage.evaluation = read(paths.evaluation_file, EvaluationResult.load)
+    earlier = sorted((folder / "previous").glob("*/evaluation.json"), key=lambda path: path.stat().st_mtime)
+    stage.previous = read(earlier[-1], EvaluationResult.load) if earlier else None
+    stage.decision = read(paths.gates_file, Decision.load)
     stage.routing = read(paths.routing_file, lambda path: RoutingRecord.model_validate_json(path.read_bytes()))
     stage.samples = read(paths.samples_file, _read_samples) or []
     return stage

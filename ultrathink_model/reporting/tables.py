@@ -1,30 +1,15 @@
-"""The tables of the report: the stages at a glance, their evaluation beside the baselines, samples, and config."""
+"""The report's facts and tables beside its measures: the stages at a glance, samples, and config."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from ultrathink_model.evaluation.result import EvaluationResult
-from ultrathink_model.reporting.curves import BASELINES
+from ultrathink_model.reporting.measures import metric_of
 from ultrathink_model.reporting.quantities import NARROW_SPACE, duration, short
 from ultrathink_model.reporting.stages import Stage
 
-TASK = "eval/validation/"
 TRAINING = ("train/", "rlhf/")
-# Measure and decimals, in the order of the table's columns.
-MEASURES = {"bits_per_byte": 3, "loss": 3, "perplexity": 1}
-
-
-@dataclass(frozen=True)
-class EvaluationRow:
-    """One model of the evaluation table; `share` is its bits per byte in percent of the largest."""
-
-    name: str
-    stage: Stage | None
-    values: list[str]
-    share: float
-    best: bool
 
 
 @dataclass(frozen=True)
@@ -43,7 +28,7 @@ def stage_facts(stage: Stage) -> list[tuple[str, str]]:
     tokens = stage.last("tokens")
     if tokens:
         facts.append(("tokens", short(tokens)))
-    validation = _metric(stage, "loss") or stage.last("val/loss")
+    validation = metric_of(stage, "loss") or stage.last("val/loss")
     if validation is not None:
         facts.append(("held-out loss", f"{validation:.3f}"))
     speeds = stage.curve("train/tokens_per_second", "step")[1]
@@ -58,53 +43,17 @@ def stage_facts(stage: Stage) -> list[tuple[str, str]]:
 
 def headline(stages: Sequence[Stage]) -> str:
     """The last evaluated stage against the bigram model, in one sentence; empty where neither was evaluated."""
-    evaluated = [stage for stage in stages if _metric(stage, "bits_per_byte") is not None]
+    evaluated = [stage for stage in stages if metric_of(stage, "bits_per_byte") is not None]
     if not evaluated:
         return ""
     stage = evaluated[-1]
-    bits = _metric(stage, "bits_per_byte")
+    bits = metric_of(stage, "bits_per_byte")
     bigram = stage.evaluation.metrics.get("eval/bigram/bits_per_byte") if stage.evaluation else None
     sentence = f"{stage.name} needs {bits:.3f} bits for each byte of held-out text"
     if bits is None or bigram is None or not math.isfinite(bits):
         return sentence + "."
     difference = abs(bits - bigram)
     return f"{sentence}, {difference:.3f} {'fewer' if bits < bigram else 'more'} than a bigram model of the same data."
-
-
-def evaluation_rows(stages: Sequence[Stage]) -> list[EvaluationRow]:
-    """Every evaluated stage, and then the baselines, from the measures of the validation split."""
-    models: list[tuple[str, Stage | None, list[float | None]]] = [
-        (stage.name, stage, [_metric(stage, measure) for measure in MEASURES]) for stage in stages if stage.evaluation
-    ]
-    evaluations = [stage.evaluation for stage in stages if stage.evaluation]
-    for name in BASELINES:
-        if evaluations and f"eval/{name}/bits_per_byte" in evaluations[-1].metrics:
-            values = [evaluations[-1].metrics.get(f"eval/{name}/{measure}") for measure in MEASURES]
-            models.append((f"{name} model", None, values))
-    bits = [values[0] for _, _, values in models if values[0] is not None and math.isfinite(values[0])]
-    return [
-        EvaluationRow(
-            name,
-            stage,
-            [_shown(value, decimals) for value, decimals in zip(values, MEASURES.values(), strict=True)],
-            share=100 * values[0] / max(bits) if values[0] in bits and values[0] is not None else 0.0,
-            best=bool(bits) and values[0] == min(bits),
-        )
-        for name, stage, values in models
-    ]
-
-
-def other_measures(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
-    """Metrics of evaluation that have no column of their own: a name, and a value for each evaluated stage."""
-    evaluations = [stage.evaluation for stage in stages if stage.evaluation]
-    own = {f"eval/{task}/{measure}" for task in ("validation", *BASELINES) for measure in MEASURES}
-    names = dict.fromkeys(
-        name
-        for evaluation in evaluations
-        for name in evaluation.metrics
-        if name not in own and not name.startswith("eval/multimodal/")
-    )
-    return [(name, [_shown(evaluation.metrics.get(name)) for evaluation in evaluations]) for name in names]
 
 
 def samples_by_prompt(stages: Sequence[Stage]) -> list[PromptSamples]:
@@ -125,14 +74,3 @@ def config_differences(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for values in flat for name in values)
     rows = [(name, [str(values.get(name, "—")) for values in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1 and name != "output.output_dir"]
-
-
-def _metric(stage: Stage, measure: str) -> float | None:
-    evaluation: EvaluationResult | None = stage.evaluation
-    return evaluation.metrics.get(TASK + measure) if evaluation else None
-
-
-def _shown(value: float | None, decimals: int = 3) -> str:
-    if value is None:
-        return "—"
-    return f"{value:.{decimals}f}" if abs(value) < 1000 else short(value, 4)

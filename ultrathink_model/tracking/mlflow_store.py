@@ -141,12 +141,14 @@ def attempt(action: Callable[[], Any]) -> Exception | None:
     """Runs an exchange with MLflow and returns the error that it ended in.
 
     The one broad `except` of tracking. MLflow's stores raise what their database driver, HTTP library or cloud SDK
-    raises, with no common class; whatever it is, tracking tries again and training goes on.
+    raises, with no common class; whatever it is, tracking tries again and training goes on. Some of them name the store's
+    address in full: what is returned here holds no credentials.
     """
     try:
         action()
     except Exception as error:  # noqa: BLE001 - see above
-        return error
+        text = CREDENTIALS.sub("://***@", str(error))
+        return error if text == str(error) else ConnectionError(text)
     return None
 
 

@@ -12,6 +12,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ultrathink_model.config import Config, save_config
+from ultrathink_model.errors import ConfigError
+from ultrathink_model.tracking.commit import current_commit
 
 RunStatus = Literal["running", "stopped", "finished", "failed"]
 
@@ -26,6 +28,7 @@ RUN_FILES = (
     "mlflow.json",
     "report.html",
     "evaluation.json",
+    "gates.json",
     "samples.json",
     "samples.jsonl",
     "routing.json",
@@ -80,6 +83,7 @@ class RunRecord(BaseModel):
         resumed_at: When it was last started.
         earlier_seconds: What it ran before that, pauses left out.
         mlflow_run_id: The MLflow run that tracks it.
+        commit: That of the code that it was begun with; None where it is not known.
     """
 
     identity: RunIdentity
@@ -90,6 +94,7 @@ class RunRecord(BaseModel):
     resumed_at: float | None = None
     earlier_seconds: float = 0.0
     mlflow_run_id: str | None = None
+    commit: str | None = None
 
     def seconds(self, until: float) -> float:
         """What the run took up to a time, pauses between its starts left out."""
@@ -112,6 +117,7 @@ class RunFolder:
         self.final_model = self.path / "final_model"
         self.report_file = self.path / "report.html"
         self.evaluation_file = self.path / "evaluation.json"
+        self.gates_file = self.path / "gates.json"
         self.samples_file = self.path / "samples.json"
         self.routing_file = self.path / "routing.json"
         self.revisions_file = self.path / "revisions.jsonl"
@@ -137,6 +143,20 @@ class RunFolder:
             return RunRecord.model_validate_json(self.run_file.read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+
+    def ancestry(self) -> list["RunFolder"]:
+        """The runs that led to this one's model, the first one first and this one last, as far as they are still there."""
+        found: list[RunFolder] = []
+        folder: Path | None = self.path.resolve()
+        while folder is not None and folder not in [run.path for run in found]:
+            run = RunFolder(folder)
+            record = run.record()
+            if record is None:
+                break
+            found.append(run)
+            first = record.identity.init_from
+            folder = Path(first).parent if first and Path(first).is_dir() else None
+        return found[::-1]
 
     def begin(self, identity: RunIdentity, config: Config, *, fresh: bool = False) -> bool:
         """Takes the folder for a run and writes `run.json` and `config.yaml`.
@@ -164,6 +184,7 @@ class RunFolder:
                 resumed_at=now,
                 earlier_seconds=record.seconds(self._last_sign(record)) if record else 0.0,
                 mlflow_run_id=record.mlflow_run_id if record else None,
+                commit=record.commit if record else current_commit(),
             )
         )
         save_config(config, self.config_file)
@@ -215,6 +236,22 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
                 return folder
             number += 1
+
+
+def find_run(path: Path) -> RunFolder:
+    """The run of a folder: its own, or that of the last stage of the workflow that wrote it.
+
+    Raises:
+        ConfigError: It holds neither.
+    """
+    inside = sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+    folders = [RunFolder(path), *map(RunFolder, inside)]
+    runs = [(record.started_at, folder) for folder in folders if (record := folder.record()) is not None]
+    if not runs:
+        raise ConfigError(
+            f"{path} holds no run; name the folder of a run or of a workflow, such as outputs/tiny_model/production."
+        )
+    return runs[0][1] if runs[0][1].path == path else max(runs, key=lambda run: run[0])[1]
 
 
 def write_atomically(path: Path, text: str) -> None:

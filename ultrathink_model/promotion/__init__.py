@@ -1,0 +1,1 @@
+"""Production: the gates before it, the registry that names the model in it, and the way back."""
