@@ -231,16 +231,7 @@ def plan_workflow(
         read_gates(configs[stage_of(workflow, "gate")].promotion.gates_file)
     steps = {}
     for number, name in enumerate(names, start=1):
-        step_config = configs[stage_of(workflow, name)]
-        if name not in PROMOTING:
-            step_config = step_config.model_copy(update={"promotion": PromotionConfig()})
-        if not name.startswith("evaluate_"):
-            # What was trained stays valid when a gate moves, or the finished model is measured in another way.
-            step_config = step_config.model_copy(update={"evaluation": step_config.evaluation.while_training()})
-        if name == "export":
-            check_formats(step_config)
-        else:
-            step_config = step_config.model_copy(update={"export": ExportConfig()})
+        step_config = _as_read_by(name, configs[stage_of(workflow, name)])
         steps[name] = StepPlan(
             name=name,
             number=number,
@@ -264,6 +255,23 @@ def _places(base: Config, workflow: str, remote_root: str | None) -> tuple[Path,
         return given.resolve() / workflow, f"{remote.rstrip('/')}/{workflow}" if remote else None
     place = Path("outputs") / given.name if given.is_absolute() or ".." in given.parts else given
     return place / workflow, f"{(remote or f'{remote_root}/{place.as_posix()}').rstrip('/')}/{workflow}"
+
+
+def _as_read_by(step: str, config: Config) -> Config:
+    """A stage's config as one of its steps reads it: what the step does not read takes its defaults.
+
+    So what was trained stays valid when a gate moves, the finished model is measured in another way, or exported.
+    """
+    changes: dict[str, object] = {}
+    if step not in PROMOTING:
+        changes["promotion"] = PromotionConfig()
+    if not step.startswith("evaluate_"):
+        changes["evaluation"] = config.evaluation.while_training()
+    if step == "export":
+        check_formats(config)
+    else:
+        changes["export"] = ExportConfig()
+    return config.model_copy(update=changes)
 
 
 def _needed(workflow: str, base: Config) -> tuple[list[Stage], list[str]]:
