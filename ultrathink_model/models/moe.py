@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ultrathink_model.config import Config
+from ultrathink_model.media.batch import MODALITIES
 from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies, take_weights
 from ultrathink_model.models.precision import autocast_dtype
 from ultrathink_model.models.routing import Routing
@@ -57,6 +58,7 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = moe.num_experts
         self.top_k = moe.moe_top_k
         self.group_sizes = tuple(moe.group_sizes.values())
+        self.has_media = config.advanced.enable_multimodal
         width = moe.expert_hidden_size or config.model.feed_forward_size // moe.moe_top_k
         self.router = nn.Linear(hidden_size, self.num_experts, bias=False)
         # One matrix an expert, (out, in) as in nn.Linear, the gate's rows before the up's: transformers' layout.
@@ -175,6 +177,7 @@ class MixtureOfExperts(nn.Module):
             "moe/tokens": real.sum(),
             "moe/entropy": entropy @ real / math.log(max(self.num_experts, 2)),
             "moe/group_share": self._group_counts(experts, tokens),
+            **self._modality_counts(experts, tokens),
             "moe/dropped": (dispatch.ends[-1] - kept.ends[-1]).float(),
         }
 
@@ -187,6 +190,17 @@ class MixtureOfExperts(nn.Module):
         group_of_expert = torch.searchsorted(sizes.cumsum(0), experts, right=True)  # no expert: one past the last
         sources = F.one_hot(tokens.source_groups.flatten() + 1, NUM_SOURCE_GROUPS + 1)[:, 1:].float()
         return sources.T @ F.one_hot(group_of_expert, len(sizes) + 1)[..., :-1].sum(dim=1).float()
+
+    def _modality_counts(self, experts: Tensor, tokens: Tokens) -> dict[str, Float[Tensor, "modalities experts"]]:
+        """Copies of the tokens of text, of images and of sounds that went to each expert, where the model has encoders."""
+        if not self.has_media:
+            return {}
+        grid = experts.new_zeros(experts.shape[0]) if tokens.modalities is None else tokens.modalities.flatten()
+        # Copies of no expert go to a column of their own, which is cut off.
+        places = (grid.unsqueeze(1) * (self.num_experts + 1) + experts).flatten()
+        counts = torch.zeros(len(MODALITIES) * (self.num_experts + 1), device=experts.device)
+        counts = counts.index_add(0, places, torch.ones_like(places, dtype=counts.dtype))
+        return {"moe/modality_load": counts.view(len(MODALITIES), -1)[:, :-1]}
 
     @torch.no_grad()
     def end_step(self, counts: dict[str, Tensor]) -> None:
@@ -206,7 +220,9 @@ class MixtureOfExperts(nn.Module):
         Returns:
             `moe/load` (layers, experts): share of copies each expert was chosen for; `moe/entropy` (): mean entropy of
             the router, 1 where it is uniform; `moe/dropped` (): share of copies over capacity; `moe/group_share`
-            (sources, groups): where the copies of each source group's tokens went, NaN in rows of groups without.
+            (sources, groups): where the copies of each source group's tokens went, NaN in rows of groups without;
+            `moe/modality_load` (modalities, layers, experts): the load by the copies of each modality's tokens alone, NaN
+            for one that no token had, where the model has encoders.
         """
         mixtures = [counts for counts in layers if "moe/load" in counts]
         if not mixtures:
@@ -216,9 +232,13 @@ class MixtureOfExperts(nn.Module):
             torch.stack([counts[name] for counts in mixtures]).sum(dim=0)
             for name in ("moe/tokens", "moe/entropy", "moe/dropped", "moe/group_share")
         )
-        return {
+        statistics = {
             "moe/load": load / load.sum(dim=1, keepdim=True),
             "moe/entropy": entropy / tokens,
             "moe/dropped": dropped / load.sum(),
             "moe/group_share": groups / groups.sum(dim=1, keepdim=True),
         }
+        if "moe/modality_load" in mixtures[0]:
+            by_modality = torch.stack([counts["moe/modality_load"] for counts in mixtures], dim=1)
+            statistics["moe/modality_load"] = by_modality / by_modality.sum(dim=2, keepdim=True)
+        return statistics
