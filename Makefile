@@ -82,7 +82,7 @@ $(VENV)/%/.installed: $(STAMP) constraints-%.txt
 	@touch $@
 
 test-cloud: cloud ## the production workflow through SageMaker and Vertex AI, on loopback (slow)
-	$(VENV)/aws/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_sagemaker.py
+	$(VENV)/aws/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_sagemaker.py tests/cloud/test_manifests.py
 	$(VENV)/gcp/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_vertex.py
 
 clean: ## remove what the checks and the build left (outputs stay)
