@@ -132,6 +132,19 @@ def test_parquet_datasets_and_json_lines_give_the_same_data(config, rows, tmp_pa
             assert (other.path / name).read_bytes() == (first.path / name).read_bytes()
 
 
+def test_a_path_that_is_no_text_is_a_bad_row(config, tmp_path):
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], "<i4").tobytes()), pa.py_buffer(b"\xff\xfe")]
+    )
+    paths = pa.ListArray.from_arrays(pa.array([0, 1]), broken)
+    (tmp_path / "broken").mkdir()
+    table = pa.table({"text": pa.array(["<image> a"]), "images": paths})
+    good = pa.table({"text": ["one more", "and another"], "images": pa.array([[], []], pa.list_(pa.string()))})
+    pq.write_table(pa.concat_tables([table, good]), tmp_path / "broken" / "rows.parquet")
+    manifest = prepare_data(override_config(config, [f"data.dataset={tmp_path / 'broken'}"]))
+    assert json.loads((manifest.path / "quarantine.jsonl").read_text())["rule"] == "row is UTF-8"
+
+
 def bomb() -> bytes:
     stream = io.BytesIO()
     Image.new("1", (12_000, 12_000)).save(stream, "PNG")

@@ -165,8 +165,9 @@ def read_parquet(path: Path, name: str, text_column: str, media: bool = False) -
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=wanted):
                 for row in range(batch.num_rows):
                     number += 1
-                    values = {column: batch.column(column)[row].as_py() for column in wanted[1:]}
-                    yield _parquet_row(batch.column(text_column)[row], name, number, values)
+                    yield _parquet_row(
+                        {column: batch.column(column)[row] for column in wanted}, name, number, text_column
+                    )
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet ({' '.join(str(error).split())}); copy or write the file again."
@@ -185,12 +186,17 @@ def _media_of(values: Mapping[str, object], media: bool) -> dict[str, Any]:
     return {column: values.get(column) for column in COLUMNS.values()} if media else {}
 
 
-def _parquet_row(value: pa.Scalar, name: str, number: int, media: dict[str, Any]) -> Row | BadRow:
+def _parquet_row(values: Mapping[str, pa.Scalar], name: str, number: int, text_column: str) -> Row | BadRow:
+    text = values[text_column]
     try:
-        return Row(name, number, value.as_py(), **media)
+        media = {column: value.as_py() for column, value in values.items() if column != text_column}
+    except UnicodeDecodeError as error:
+        return BadRow(name, number, "row is UTF-8", make_excerpt(bytes(error.object).decode("utf-8", "replace")))
+    try:
+        return Row(name, number, text.as_py(), **media)
     except UnicodeDecodeError:
         return BadRow(
-            name, number, "row is UTF-8", make_excerpt(value.as_buffer().to_pybytes().decode("utf-8", "replace"))
+            name, number, "row is UTF-8", make_excerpt(text.as_buffer().to_pybytes().decode("utf-8", "replace"))
         )
 
 
