@@ -2,6 +2,7 @@ import pytest
 from browser import EXECUTABLE, Browser
 
 from ultrathink_model.reporting import write_report
+from ultrathink_model.reporting.page import comparison_html, write_page
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="needs chromium (apt-get install chromium)")
 
@@ -29,6 +30,20 @@ def test_page_opens_without_complaint_or_network(browser, page, width, scheme):
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     red = int(background.removeprefix("rgb(").split(",")[0])
     assert (red < 80) is (scheme == "dark")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_comparison_opens_without_complaint_or_network(browser, stages, tmp_path, width):
+    page = write_page(comparison_html(stages[:2], "Two runs"), tmp_path / "compare.html")
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.open(page, width=width, scheme="dark")
+    assert browser.complaints == []
+    assert [address for address in browser.requests if not address.startswith(("file:", "data:"))] == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.querySelectorAll('#comparison tbody tr').length") > 5
+    curves = "[...document.querySelectorAll('.chart.wide path.faint')]"
+    assert browser.evaluate(f"{curves}.filter(path => path.getBBox().width > 0).length") == 2
 
 
 def test_every_chart_draws_its_curves_within_its_frame(browser, page):

@@ -25,8 +25,8 @@ def loss_by_context(
 ) -> list[ContextLoss]:
     """Mean loss of held-out tokens by how many tokens of their own document stand before them in a window.
 
-    Each held-out document is cut into windows of `length` tokens, of which some are taken evenly over the split. The
-    standard error is over windows.
+    Each held-out document is cut into windows of `length` tokens, of which some are taken evenly over the split; sources
+    of images and sounds are left out. The standard error is over windows.
 
     Args:
         model: The model, in evaluation mode.
@@ -63,7 +63,9 @@ def _rows(reader: SplitReader, manifest: DataManifest, length: int, windows: int
     """The chosen windows of the held-out documents, the rest of each row being padding."""
     places = [
         (number, start, min(length, end - start))
-        for number in range(len(manifest.sources))
+        for number, source in enumerate(manifest.sources)
+        # Its windows would need their images and sounds.
+        if source.media is None
         for begin, end in _documents(manifest, number)
         for start in range(begin, end, length)
     ]
