@@ -70,6 +70,7 @@ def submitted(aws, tmp_path_factory):
         arguments = ["--workflow", "production", "--config", str(write_config(folder)), "--stack", "sagemaker"]
         arguments += ["--run-settings", str(folder / "settings.yaml")]
         arguments += ["--override", "baseline:training.max_steps=300", "baseline:training.checkpoint_steps=100"]
+        arguments += ["baseline:training.num_epochs=100"]
         output = run_cli(arguments, environment, folder)
         assert f"results go to s3://{BUCKET}/ultrathink/runs/outputs/small/production" in output
         assert "metrics are kept in the runs' folders alone" in output
@@ -154,6 +155,26 @@ def test_each_steps_command_runs_on_an_empty_machine_until_the_run_is_completed(
     status = run_cli(["status", "--last", "1"], environment, folder)
     assert ": completed" in status
     assert f"in s3://{BUCKET}/ultrathink/runs/outputs/small/production, on ultrathink_sagemaker" in status
+
+
+def test_a_run_that_loses_its_machine_goes_on_from_s3_on_another(aws, tmp_path):
+    machine = Machine(tmp_path / "machine", aws)
+    overrides = ["training.max_steps=300", "training.num_epochs=100", "training.checkpoint_steps=100"]
+    overrides += [f"output.remote_dir=s3://{BUCKET}/spot", "logging.use_mlflow=false"]
+    config = str(write_config(tmp_path))
+    command = ["python", str(ROOT / "train_advanced.py"), "--config", config, "--override", *overrides]
+    process = machine.start(command, {})
+    output = stop_after(process, "step 20/300")
+    assert process.returncode == 75, output
+    kept = objects("spot/")
+    assert any(name.endswith(".pt/manifest.json") for name in kept)
+    assert "result.json" not in kept
+    output = machine.run(command, {})
+    assert "goes on after step" in output
+    assert "step 2/300" not in output
+    rows = boto3.client("s3").get_object(Bucket=BUCKET, Key="spot/metrics.jsonl")["Body"].read().splitlines()
+    assert [row["step"] for row in map(json.loads, rows) if "train/loss" in row] == list(range(1, 301))
+    assert objects("spot/")["final_model/model.safetensors"] > 0
 
 
 def test_the_estimator_submits_train_advanced_and_its_command_trains(aws, tmp_path):
