@@ -65,7 +65,7 @@ def _rows(reader: SplitReader, manifest: DataManifest, length: int, windows: int
         (number, start, min(length, end - start))
         for number, source in enumerate(manifest.sources)
         # Its windows would need their images and sounds.
-        if source.media is None
+        if not source.splits["validation"].media_tokens
         for begin, end in _documents(manifest, number)
         for start in range(begin, end, length)
     ]
