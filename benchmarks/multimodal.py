@@ -70,7 +70,7 @@ VALUES = {
     },
     "training": {
         "batch_size": 16,
-        "max_steps": 300,
+        "max_steps": 600,
         "num_epochs": 1_000,
         "optimizer": "muon",
         "learning_rate": 2e-3,
@@ -186,7 +186,11 @@ def prepare(speech: Path, versions: int, overrides: list[str]) -> tuple[Config, 
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(list(training_questions(learnt, versions)), folder / "train.parquet")
         write_rows(asked, folder / "validation.parquet")
-    places = [f"data.dataset={folder}", f"data.cache_dir={FOLDER / 'data'}", f"output.output_dir={FOLDER / 'run'}"]
+    places = [
+        f"data.dataset={folder}",
+        f"data.cache_dir={FOLDER / 'data'}",
+        f"output.output_dir={FOLDER / f'run_{versions}'}",
+    ]
     return make_config(VALUES, [*places, *overrides]), asked
 
 
@@ -194,7 +198,7 @@ def main() -> None:
     """Trains, asks, and prints the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speech", type=Path, help="fsdd.tar.xz, or the folder of its recordings")
-    parser.add_argument("--versions", type=int, default=4, help="versions of each training picture")
+    parser.add_argument("--versions", type=int, default=3, help="versions of each training picture")
     parser.add_argument("--steps", type=int, help="optimizer steps, in place of those that reach the figures")
     parser.add_argument("--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
