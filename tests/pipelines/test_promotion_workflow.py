@@ -12,6 +12,7 @@ from ultrathink_model.promotion.registry import ModelRegistry
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1500),
     # passlib, which ZenML imports, imports the standard library's crypt.
     pytest.mark.filterwarnings("ignore:'crypt' is deprecated:DeprecationWarning"),
     # ZenML 0.98 reads deprecated fields of its own models.
@@ -19,8 +20,18 @@ pytestmark = [
 ]
 
 
+QUICK = [
+    "output.output_dir=promoted",
+    "training.max_steps=2",
+    "rlhf.rlhf_iterations=1",
+    "evaluation.num_generations=0",
+    "evaluation.context_samples=0",
+    "evaluation.speed_tokens=0",
+]
+
+
 def run(*overrides):
-    done = production_pipeline(config="small.yaml", overrides=["output.output_dir=promoted", *overrides])
+    done = production_pipeline(config="small.yaml", overrides=[*QUICK, *overrides])
     return {name: str(step.status) for name, step in done.steps.items()}, done
 
 
