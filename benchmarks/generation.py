@@ -6,6 +6,7 @@ New tokens per second of the shared decoder with a cache, for one prompt and for
 import argparse
 import os
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -43,7 +44,9 @@ def compare(batch: int, new_tokens: int, rounds: int) -> None:
         return generate(ours, prompts, max_new_tokens=new_tokens, temperature=0.0).tokens
 
     same = (our_tokens() == their_tokens()).float().mean()
-    seconds = alternate({"ours": our_tokens, "theirs": their_tokens}, rounds, warmup=1)
+    # One thread's own time, however busy the machine is with other things.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = alternate({"ours": our_tokens, "theirs": their_tokens}, rounds, warmup=1, clock=clock)
     rates = {name: batch * new_tokens / median(times) for name, times in seconds.items()}
     print(
         f"batch {batch:3}: ultrathink {rates['ours']:8,.0f} tokens/s, transformers {rates['theirs']:8,.0f}; "

@@ -47,10 +47,30 @@ def write_huggingface(final_model: Path, folder: Path, config: Config) -> None:
             "exported; save the model again as safetensors."
         )
     shutil.copytree(final_model, folder, dirs_exist_ok=True)
-    if not has_chat_template(folder):
-        (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_chat_layout(folder)
     known = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).is_file() else {}
     write_json(folder / GENERATION_FILE, _sampling(config) | known)
+
+
+def write_chat_layout(folder: Path) -> None:
+    """Gives a folder the layout of conversations that our alignment uses, unless its tokenizer brings one.
+
+    Beside the template goes how an answer is read back: for want of that, `transformers serve` takes Qwen3's marks, finds
+    none in our layout, and repeats the question in the answer.
+    """
+    if has_chat_template(folder):
+        return
+    (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+    eos = settings.get("eos_token")
+    ends = [eos["content"] if isinstance(eos, dict) else eos] if eos else []
+    ends += [f"\n{turn}" for turn in (PERSON, MODEL)]
+    template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": MODEL,
+        "fields": {"content": {"close": ends, "content": "text"}},
+    }
+    write_json(folder / SETTINGS_FILE, settings | {"response_template": template})
 
 
 def has_chat_template(folder: Path) -> bool:

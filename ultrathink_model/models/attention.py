@@ -22,7 +22,7 @@ class LayerCache(Protocol):
         """Adds (batch, kv_heads, seq, head_dim) of new tokens.
 
         Returns all keys, all values, and the mask (batch, 1, seq, all) of what the new tokens may look at, or None
-        where the new tokens are the first and the causal triangle says it all.
+        where the new tokens are the first and the causal triangle says it all, or a single one that sees all.
         """
         ...
 
@@ -66,12 +66,13 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.num_kv_heads != self.num_heads
+        triangle = mask is None and query.shape[2] > 1
         if self.fused_kernels and mask is None and takes_blocks(query):
             return blocked_attention(query, key, value)
         if self.fused_kernels:
-            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=triangle, enable_gqa=grouped)
         with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=triangle, enable_gqa=grouped)
 
 
 class FeedForward(nn.Module):

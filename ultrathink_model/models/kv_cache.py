@@ -71,7 +71,7 @@ class Columns:
 
         Returns:
             The first column that any of them may look at, and the mask over the columns from there; None where the
-            tokens are the first and the causal triangle says it all.
+            tokens are the first and the causal triangle says it all, or a single one that sees all of them.
         """
         if tokens is not self._tokens:
             assert tokens.document_ids is None, "a cache holds one document a row"
@@ -79,7 +79,12 @@ class Columns:
             self._valid = self._valid_with(tokens, start)
             window = tokens.sliding_window
             self._first_key = 0 if window is None else max(0, start - window + 1)
-            self._mask = tokens.self_mask if start == 0 else tokens.mask_over(self._keys(tokens))
+            if start == 0:
+                self._mask = tokens.self_mask
+            elif self._valid is None and tokens.positions.shape[1] == 1:
+                self._mask = None  # one token, behind all those that its window holds
+            else:
+                self._mask = tokens.mask_over(self._keys(tokens))
             self._tokens = tokens
         return self._first_key, self._mask
 

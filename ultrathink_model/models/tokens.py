@@ -97,6 +97,7 @@ class Rotation:
 
     cos: Tensor  # (positions, head_dim)
     sin: Tensor  # (positions, head_dim)
+    _last: list[tuple[Tensor, "Rotation"]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def table(cls, length: int, head_dim: int, theta: float, device: torch.device) -> "Rotation":
@@ -106,12 +107,23 @@ class Rotation:
         return cls(torch.cat((angles, angles), dim=1).cos(), torch.cat((-angles, angles), dim=1).sin())
 
     def at(self, positions: Int[Tensor, "batch seq"]) -> "Rotation":
-        """The rows of `positions`, shaped (batch, seq, 1, head_dim) to broadcast over heads."""
+        """The rows of `positions`, shaped (batch, seq, 1, head_dim) to broadcast over heads.
+
+        They are looked up once for all the blocks that ask for the same tensor one after the other.
+        """
+        if torch.compiler.is_compiling():
+            return self._look_up(positions)
+        if not self._last or self._last[0][0] is not positions:
+            self._last[:] = [(positions, self._look_up(positions))]
+        return self._last[0][1]
+
+    def _look_up(self, positions: Tensor) -> "Rotation":
         return Rotation(self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2))
 
     def apply(self, x: Tensor) -> Tensor:
         """Turns (batch, seq, heads, head_dim) by the angle of each position, pairing halves as Qwen3 does."""
-        return _Turn.apply(x, self.cos.to(x.dtype), self.sin.to(x.dtype))
+        cos, sin = (self.cos, self.sin) if self.cos.dtype == x.dtype else (self.cos.to(x.dtype), self.sin.to(x.dtype))
+        return _Turn.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
 
 
 class _Turn(torch.autograd.Function):
@@ -120,13 +132,17 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return (x * cos).addcmul_(_halves_swapped(x), sin)
+        return _turned(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return (grad * cos).addcmul_(_halves_swapped(grad), sin, value=-1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (x * cos).addcmul_(_halves_swapped(x), sin)
 
 
 def _halves_swapped(x: Tensor) -> Tensor:

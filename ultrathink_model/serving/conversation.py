@@ -65,11 +65,11 @@ class Conversation:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - takes seconds
 
         self.model = load_model(self.folder, self.device).eval()
-        # The tokenizer is a file of the tokenizers library: it brings no code.
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
+        # Not AutoTokenizer: of a folder with modelling code that asks on the terminal whether to run it.
+        self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(self.folder)
         self._has_own_template = has_chat_template(self.folder)
         ids = special_ids(self.folder)
         self._eos, self._pad = ids.get("eos_token_id"), ids.get("pad_token_id", 0)

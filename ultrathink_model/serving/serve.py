@@ -1,9 +1,11 @@
 """`run.py serve`: a model behind OpenAI's interface, by `transformers serve` or vLLM."""
 
 import importlib.util
-import json
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,9 +13,10 @@ import torch
 from ultrathink_model.command_line import ArgumentParser
 from ultrathink_model.errors import CheckpointError, ConfigError
 from ultrathink_model.export.extras import require_all
-from ultrathink_model.export.huggingface import CHAT_TEMPLATE, has_chat_template
+from ultrathink_model.export.huggingface import has_chat_template, write_chat_layout
 from ultrathink_model.models.hf import read_model_config
 from ultrathink_model.models.hf_config import is_own_architecture
+from ultrathink_model.models.tokenizer_files import SETTINGS_FILE
 from ultrathink_model.serving.model_choice import find_model
 
 ADDRESS = "127.0.0.1"
@@ -46,9 +49,27 @@ def main(arguments: list[str]) -> None:
     if "@" in folder.name or ":" in folder.name:
         raise CheckpointError(f"{folder}: the server reads @ and : in a model's name otherwise; rename the folder.")
     own = is_own_architecture(read_model_config(folder))
-    if choose_engine(given.engine, own) == "vllm":
-        serve_by_vllm(folder, given.port)
-    serve_by_transformers(folder, given.port, given.device, own)
+    engine = choose_engine(given.engine, own)
+    with tempfile.TemporaryDirectory(prefix="ultrathink-serve-") as scratch:
+        served = lay_out(folder, Path(scratch) / folder.name)
+        if engine == "vllm":
+            serve_by_vllm(served, given.port)
+        else:
+            serve_by_transformers(served, given.port, given.device, own)
+
+
+def lay_out(folder: Path, served: Path) -> Path:
+    """The folder as it is served: links to its files, and the layout of conversations where it has none."""
+    served.mkdir()
+    for path in folder.iterdir():
+        (served / path.name).symlink_to(path)
+    if not has_chat_template(folder):
+        settings = served / SETTINGS_FILE
+        if settings.is_symlink():
+            settings.unlink()
+            shutil.copyfile(folder / SETTINGS_FILE, settings)
+        write_chat_layout(served)
+    return served
 
 
 def choose_engine(asked: str, own_architecture: bool) -> str:
@@ -72,12 +93,10 @@ def choose_engine(asked: str, own_architecture: bool) -> str:
 
 
 def serve_by_vllm(folder: Path, port: int) -> None:
-    """Becomes vLLM's server."""
+    """Runs vLLM's server to its end."""
     _announce(folder, port, "vLLM")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    options = ["--served-model-name", folder.name, "--host", ADDRESS, "--port", str(port)]
-    template = [] if has_chat_template(folder) else ["--chat-template", CHAT_TEMPLATE]
-    os.execv(sys.executable, [*command, *options, *template])
+    subprocess.run([*command, "--served-model-name", folder.name, "--host", ADDRESS, "--port", str(port)], check=False)
 
 
 def serve_by_transformers(folder: Path, port: int, device: str | None, own_architecture: bool) -> None:
@@ -100,7 +119,6 @@ def serve_by_transformers(folder: Path, port: int, device: str | None, own_archi
         device=device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
         host=ADDRESS,
         port=port,
-        chat_template_kwargs=None if has_chat_template(folder) else json.dumps({"chat_template": CHAT_TEMPLATE}),
     )
 
 
