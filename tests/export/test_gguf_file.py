@@ -119,4 +119,4 @@ def test_llama_cpp_computes_the_models_logits(make_run, tmp_path, overrides):
 
     text = "The state of the union: 1,234 people's  words,\n\n don't—naïve 東京!"
     assert llama.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(folder)(text).input_ids
-    assert llama.n_ctx() == 32
+    llama.close()

@@ -123,12 +123,17 @@ def serve_by_transformers(folder: Path, port: int, device: str | None, own_archi
 
 
 def _make_known() -> None:
-    """Lets the server find our architecture: it looks up the classes of a config among those of `transformers`."""
+    """Lets the server find our architecture: it looks up the classes of a config among those of `transformers`.
+
+    Its processor of images and sound is left out: the server takes a model with a tokenizer alone for one of text.
+    """
     import transformers  # noqa: PLC0415
 
-    from ultrathink_model.models import hf_auto  # noqa: PLC0415
+    from ultrathink_model.models.configuration_ultrathink import UltrathinkConfig  # noqa: PLC0415
+    from ultrathink_model.models.modeling_ultrathink import UltrathinkForCausalLM  # noqa: PLC0415
 
-    transformers.UltrathinkForCausalLM = hf_auto.UltrathinkForCausalLM  # type: ignore[attr-defined]
+    transformers.AutoConfig.register(UltrathinkConfig.model_type, UltrathinkConfig, exist_ok=True)
+    transformers.UltrathinkForCausalLM = UltrathinkForCausalLM  # type: ignore[attr-defined]
 
 
 def _announce(folder: Path, port: int, engine: str) -> None:
