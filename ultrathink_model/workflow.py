@@ -231,7 +231,7 @@ def plan_workflow(
         read_gates(configs[stage_of(workflow, "gate")].promotion.gates_file)
     steps = {}
     for number, name in enumerate(names, start=1):
-        step_config = _as_read_by(name, configs[stage_of(workflow, name)])
+        step_config = _as_read_by(name, configs[stage_of(workflow, name)], trains=name in configs)
         steps[name] = StepPlan(
             name=name,
             number=number,
@@ -257,12 +257,14 @@ def _places(base: Config, workflow: str, remote_root: str | None) -> tuple[Path,
     return place / workflow, f"{(remote or f'{remote_root}/{place.as_posix()}').rstrip('/')}/{workflow}"
 
 
-def _as_read_by(step: str, config: Config) -> Config:
+def _as_read_by(step: str, config: Config, trains: bool) -> Config:
     """A stage's config as one of its steps reads it: what the step does not read takes its defaults.
 
     So what was trained stays valid when a gate moves, the finished model is measured in another way, or exported.
     """
     changes: dict[str, object] = {}
+    if not trains:
+        changes["training"] = config.training.model_copy(update={"resume": "auto"})
     if step not in PROMOTING:
         changes["promotion"] = PromotionConfig()
     if not step.startswith("evaluate_"):

@@ -41,7 +41,6 @@ def test_a_model_that_passes_goes_into_production_and_one_that_does_not_leaves_i
     folder = workspace / "promoted" / "production"
     config = load_config(folder / "rlhf" / "config.yaml")
     version = ModelRegistry(config).production()
-    assert version.number == 1
     assert version.source.endswith("/export")
     assert version.run_id == json.loads((folder / "workflow.json").read_text())["mlflow_run_id"]
     names = [stage["name"] for stage in json.loads(version.tags["ultrathink.stages"])]

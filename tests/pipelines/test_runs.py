@@ -74,7 +74,7 @@ def test_a_failure_leaves_reason_log_and_the_command_that_goes_on(last_run, caps
     failure = last_run().run_metadata["failure"]
     assert failure["step"] == "pretrain"
     assert "loss" in failure["reason"]
-    assert len(failure["log_tail"].splitlines()) > 3
+    assert "an epoch is" in failure["log_tail"]
     assert failure["resume_command"].startswith("python run.py --workflow prototype --config small.yaml --override")
     status_command.main(["--last", "1"])
     out = capsys.readouterr().out
