@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ultrathink_model.config import override_config
 from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.errors import DataError
 from ultrathink_model.evaluation.blimp import blimp_metrics, read_blimp
+from ultrathink_model.evaluation.measures import measure_blimp
 from ultrathink_model.models.transformer import build_model
 
 
@@ -44,6 +46,17 @@ def test_accuracy_is_the_share_of_pairs_whose_good_sentence_is_likelier(text_con
 
 def test_pairs_can_be_cut(folder):
     assert {name: len(pairs) for name, pairs in read_blimp(folder, 4).items()} == {"agreement": 4, "order": 3}
+
+
+def test_the_config_says_how_many_pairs_are_read(text_config, manifest, folder):
+    # A pair beyond those that are asked for is never looked at, even one that is none.
+    with (folder / "order.jsonl").open("a", encoding="utf-8") as file:
+        file.write("no pair\n")
+    model, tokenizer = build_model(text_config).eval(), Tokenizer.load(manifest.tokenizer_folder)
+    asked = override_config(text_config, [f"evaluation.blimp={folder}", "evaluation.blimp_pairs=3"])
+    assert measure_blimp(model, tokenizer, asked) == blimp_metrics(model, tokenizer, folder, 3, batch_size=2)
+    with pytest.raises(DataError):
+        measure_blimp(model, tokenizer, override_config(asked, ["evaluation.blimp_pairs=null"]))
 
 
 def test_the_files_may_lie_in_a_folder_data(folder, tmp_path):

@@ -137,6 +137,14 @@ def test_the_alias_moves_to_the_next_and_back_again(make_run, config, tmp_path, 
     assert "Version 1 of ultrathink is in production again, in place of version 3." in output
 
 
+def test_models_of_another_name_have_a_production_of_their_own(make_run, config):
+    promoted(make_run("one", 4.5), config)
+    other = override_config(config, ["promotion.registered_model=other"])
+    assert ModelRegistry(other).production() is None
+    assert promoted(make_run("two", 4.6), other).number == 1
+    assert ModelRegistry(config).production().metrics["eval/validation/loss"] == 4.5
+
+
 def test_the_same_model_is_registered_once(make_run, config):
     run = make_run("again", 4.0)
     assert promoted(run, config).number == promoted(run, config).number == 1
