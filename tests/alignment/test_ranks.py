@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ultrathink_model.alignment.align import align
+from ultrathink_model.alignment.reward import load_reward_model
+from ultrathink_model.alignment.reward_stage import learn_rewards
 from ultrathink_model.alignment.starting_model import check_alignment
 from ultrathink_model.config import override_config
 from ultrathink_model.distributed.context import RankContext
@@ -64,6 +66,23 @@ def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(
     expected = load_model(Path(one.final_model)).state_dict()
     for name, tensor in load_model(Path(two.final_model)).state_dict().items():
         torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=0, msg=name)
+
+
+def learn_rewards_on_rank(config, manifest, init_from):
+    return learn_rewards(config, manifest=manifest, run_name="reward", init_from=init_from)
+
+
+@pytest.mark.slow
+def test_reward_stage_learns_the_same_from_two_ranks_as_from_one(config, manifest, dense_folder, tmp_path):
+    config = override_config(config, ["rlhf.only_reward_model=true", "training.checkpoint_steps=3"])
+    one = learn_rewards_on_rank(config, manifest, dense_folder)
+    over = [*TWO_RANKS, *STRATEGIES["fsdp"], f"output.output_dir={tmp_path / 'two'}"]
+    two_config = override_config(config, over)
+    two = launch(learn_rewards_on_rank, (two_config, manifest, dense_folder), two_config)
+    assert (two.steps, two.tokens) == (one.steps, one.tokens)
+    models = [load_reward_model(Path(done.final_model)) for done in (one, two)]
+    torch.testing.assert_close(models[0].head.weight, models[1].head.weight, atol=2e-4, rtol=0)
+    assert models[0].record.loss == pytest.approx(models[1].record.loss, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,13 @@ class Learner:
         self.context = context
         self._max_norm = config.training.gradient_clipping
         self._strategy = make_strategy(config, context)
-        whole = copy.deepcopy(trunk).to(context.device).eval().requires_grad_(False)
+        self._whole: Transformer | None = None
+        if self._strategy.is_sharded:
+            self._whole = copy.deepcopy(trunk).to(context.device).eval().requires_grad_(False)
         if self._strategy.name != "single":
             _give_every_weight_a_gradient(trunk)
         self._strategy.prepare(trunk, lambda module: _adamw(config, module, learning_rate))
         self._strategy.model.eval()
-        self._whole = whole if self._strategy.is_sharded else None
         self._whole_is_stale = False
         self.forward: Forward = in_run_precision(config, cast(Forward, self._strategy.model), context.device)
         self.head = None if head is None else head.to(context.device)

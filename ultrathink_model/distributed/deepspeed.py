@@ -50,6 +50,7 @@ class DeepSpeedStrategy(Strategy):
         # ZeRO averages the ranks' gradients.
         self.gradient_scale = float(context.world_size)
         self._settings = deepspeed_config(config, context)
+        self.is_sharded = self._settings["zero_optimization"]["stage"] == 3
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Hands the model and its optimizer to a DeepSpeed engine."""
@@ -60,7 +61,6 @@ class DeepSpeedStrategy(Strategy):
         engine, *_ = deepspeed.initialize(model=self.unwrapped, optimizer=self.optimizer, config=self._settings)
         self.model = self._engine = engine
         self._zero = _Zero(engine.optimizer, engine.zero_optimization_stage())
-        self.is_sharded = self._zero.is_sharded
 
     def backward(self, loss: Float[Tensor, ""], is_last_micro_step: bool) -> None:
         """Adds a micro-batch's gradient; ZeRO 2 and 3 exchange each one's, ZeRO 1 the last."""
@@ -126,8 +126,8 @@ class _Zero:
 
     def __init__(self, optimizer: Any, stage: int) -> None:
         self.optimizer = optimizer
-        self.is_sharded = stage == 3
-        if self.is_sharded:
+        self._is_sharded = stage == 3
+        if self._is_sharded:
             groups, self._flat = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
         else:
             groups, self._flat = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
@@ -142,7 +142,7 @@ class _Zero:
         """The norm over all ranks; DeepSpeed's mark for one that is not finite, -1, becomes infinity."""
         from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415 - see `import_deepspeed`
 
-        if self.is_sharded:
+        if self._is_sharded:
             norm = combine_grad_norm_groups(self.optimizer._get_norm_groups())
         else:
             norm = self.optimizer.scaled_global_norm()
@@ -152,7 +152,7 @@ class _Zero:
     def forget_gradients(self) -> None:
         """Drops the gradients, those that are already reduced among them."""
         self.optimizer.zero_grad()
-        if self.is_sharded:
+        if self._is_sharded:
             self.optimizer._overflow_clean_up(1.0)
         else:
             for index in list(self.optimizer.averaged_gradients):
@@ -162,7 +162,7 @@ class _Zero:
 
     def initialise_state(self) -> None:
         """Makes the optimizer's state where no step has made it yet."""
-        if self.is_sharded:
+        if self._is_sharded:
             # Between steps ZeRO-3 leaves our optimizer's groups empty.
             self.optimizer._set_fp32_optimizer_param_groups()
             initialise_state(self.inner)
@@ -200,14 +200,14 @@ class _Zero:
         """Sets a weight in the model; `refresh_fp32_params` copies it to the optimizer's piece."""
         from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415 - see `import_deepspeed`
 
-        with GatheredParameters([parameter], modifier_rank=0, enabled=self.is_sharded):
+        with GatheredParameters([parameter], modifier_rank=0, enabled=self._is_sharded):
             parameter.copy_(value)
 
     def set_state(self, parameter: Tensor, key: str, value: Tensor) -> None:
         """Sets a tensor of a weight's optimizer state."""
         from deepspeed import utils  # noqa: PLC0415 - see `import_deepspeed`
 
-        if not self.is_sharded:
+        if not self._is_sharded:
             utils.safe_set_full_optimizer_state(parameter, value, key)
             return
         # DeepSpeed's own way to set the whole tensor fails where the ranks do not divide its size.
