@@ -20,6 +20,7 @@ def execute(tmp_path, monkeypatch):
     monkeypatch.setenv("ULTRATHINK_KEPT", str(tmp_path / "kept"))
     monkeypatch.setenv("ULTRATHINK_PROFILE", "tiny")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # streamlit sets it where it is imported, and no picture is drawn
 
     def run(overrides):
         monkeypatch.setenv("ULTRATHINK_OVERRIDES", overrides)
