@@ -71,13 +71,13 @@ def rank_pairs(arguments: argparse.Namespace, config: Config) -> None:
         f"rlhf.reward_epochs={arguments.epochs}",
         f"rlhf.reward_learning_rate={arguments.learning_rate}",
         "rlhf.reward_weighting=prompt",
-        "rlhf.reward_batch_size=16",
+        f"rlhf.reward_batch_size={arguments.batch_size}",
     ]
     config = override_config(config, overrides)
     tokenizer = Tokenizer.load(arguments.model)
     split = PairSplit(
-        tokenize_pairs(few_pairs_each(train, arguments.uses), tokenizer, config),
-        tokenize_pairs(few_pairs_each(held_out, 2), tokenizer, config),
+        tokenize_pairs(train, tokenizer, config),
+        tokenize_pairs(held_out, tokenizer, config),
     )
     trainer = RewardTrainer(config, load_model(arguments.model).eval(), tokenizer.pad_id, ALONE)
     model = trainer.fit(split, lambda step, steps, loss: print(f"step {step}/{steps}, loss {loss:.3f}", flush=True))
@@ -129,20 +129,6 @@ def tf_idf(train: list[PreferencePair], held_out: list[PreferencePair]) -> torch
     return torch.tensor(model.decision_function(differences(held_out)))
 
 
-def few_pairs_each(pairs: list[PreferencePair], uses: int) -> list[PreferencePair]:
-    """Pairs in which no answer stands more often than `uses`: most of what they teach, for a fraction of the time."""
-    random.Random(1).shuffle(pairs := list(pairs))
-    count: dict[tuple[str, str], int] = defaultdict(int)
-    kept = []
-    for pair in pairs:
-        sides = [(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]
-        if all(count[side] < uses for side in sides):
-            kept.append(pair)
-            for side in sides:
-                count[side] += 1
-    return kept
-
-
 def raise_sentiment(arguments: argparse.Namespace, config: Config) -> None:
     """PPO on VADER's compound score (-1 to 1) of a response: start, end, KL and samples."""
     overrides = [
@@ -183,11 +169,11 @@ def main() -> None:
     parser.add_argument("--fold", type=int, choices=range(FOLDS), default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--repeats", type=int, help="folds or seeds, one after the other")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--uses", type=int, default=2, help="most pairs that an answer stands in")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument("--response-tokens", type=int, default=192)
     parser.add_argument("--override", nargs="*", default=[])
     arguments = parser.parse_args()
     if arguments.task is None or arguments.packages is None or arguments.model is None:

@@ -4,7 +4,7 @@
 
 Both models make the same steps on the same tokens, turn and turn about, and the seconds of processor time of each step
 are compared pair by pair, so that other work on the machine falls on both. A step is a forward and a backward pass and
-the optimizer's, which moves the idle encoders along, too. Forward and backward passes are the same code in both, so what
+the optimizer's; AdamW moves the idle encoders along, Muon leaves them. Forward and backward passes are the same code in both, so what
 comes behind them is all of the difference; it is given apart, since it is told from the noise in far fewer steps.
 """
 
@@ -72,7 +72,7 @@ def step_seconds(strategy: Strategy, step: int, tokens: torch.Tensor) -> tuple[f
     loss = strategy.model(tokens, labels=tokens).loss_sum / tokens.numel()
     strategy.backward(loss, is_last_micro_step=True)
     middle = time.process_time()
-    model.complete_gradients()
+    model.complete_gradients(())
     strategy.gradient_norm_and_clip(1.0)
     strategy.step()
     ended = time.process_time()

@@ -119,6 +119,33 @@ def test_epochs_and_batch_size_decide_the_steps(base_config, dense_folder, split
     assert len(fit(base_config, dense_folder, split, [key])[1]) == steps
 
 
+def test_pairs_of_a_prompt_come_together_in_an_order_that_changes(base_config, dense_folder):
+    pairs = [TokenPair([10 + row % 3], [row + 20], [row + 40]) for row in range(9)]
+    trainer = RewardTrainer(base_config, load_model(dense_folder).eval(), 0, ALONE)
+    orders = [[row % 3 for row in trainer._order(pairs, epoch)] for epoch in range(8)]
+    assert all(order == sorted(order, key=order.index) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert sorted(trainer._order(pairs, 0)) == list(range(9))
+
+
+def test_an_answer_of_several_pairs_is_scored_once_and_counts_in_each(base_config, dense_folder, monkeypatch):
+    answers = [[60, GOOD], [61, 62], [BAD]]
+    pairs = [TokenPair([10, 11], answers[a], answers[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    trainer = RewardTrainer(base_config, load_model(dense_folder).eval(), 0, ALONE)
+    torch.nn.init.normal_(trainer._head.weight, generator=torch.Generator().manual_seed(0))
+    forward, rows = trainer.learner.forward, []
+
+    def counted(tokens, **options):
+        rows.append(len(tokens))
+        return forward(tokens, **options)
+
+    monkeypatch.setattr(trainer.learner, "forward", counted)
+    together = trainer._scores(pairs)
+    assert rows == [3]
+    one_by_one = [side for pair in pairs for side in trainer._scores([pair])]
+    torch.testing.assert_close(together.view(2, 3).T.flatten(), torch.stack(one_by_one))
+
+
 def test_learning_rate_rises_and_falls_to_nearly_zero():
     factors = [learning_rate_factor(step, 20) for step in range(20)]
     assert factors[0] == 0.5

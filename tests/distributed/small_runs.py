@@ -78,7 +78,8 @@ def train_step(strategy, step):
         objective = (output.loss_sum + sum(output.aux_losses.values())) / count
         strategy.backward(objective * strategy.gradient_scale, index == MICRO_STEPS - 1)
         total += output.loss_sum.detach()
-    strategy.unwrapped.complete_gradients()
+    kinds = [kind for row, kind in ((0, "image"), (5, "audio")) if media_of(config, step, [row]) is not None]
+    strategy.unwrapped.complete_gradients(kinds)
     norm = strategy.gradient_norm_and_clip(config.training.gradient_clipping)
     strategy.step()
     strategy.unwrapped.end_step(all_reduce_sum)

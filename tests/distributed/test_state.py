@@ -39,6 +39,21 @@ def test_state_that_is_there_stays(trained):
     assert all(torch.equal(after[n][k], t) for n, part in before.items() for k, t in part.items())
 
 
+def test_weights_that_no_step_has_moved_get_their_state_and_the_others_keep_theirs(trained):
+    model, optimizer = trained
+    moved, resting = model.blocks[0], model.blocks[1]
+    for parameter in moved.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = optimizer_state(optimizer, model)
+    assert state.keys() == dict(model.named_parameters()).keys()
+    assert all(t.count_nonzero() == 0 for p in resting.parameters() for t in optimizer.state[p].values())
+    assert all(t.count_nonzero() > 0 for p in moved.parameters() for t in optimizer.state[p].values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_state_of_another_optimizer_is_refused(tiny_config):
     model = build_model(tiny_config)
     muon = make_optimizer(override_config(tiny_config, ["training.optimizer=muon"]).training, model)

@@ -17,7 +17,9 @@ from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import ConfigError, DistributedError
 
 NAMES = [
-    f"{strategy}{trained}" for strategy in ("ddp", "fsdp") for trained in ("", "_muon", "_routed", "_harm", "_media")
+    f"{strategy}{trained}"
+    for strategy in ("ddp", "fsdp")
+    for trained in ("", "_muon", "_routed", "_harm", "_media", "_mediamuon")
 ]
 
 # Who loads, and who saved.

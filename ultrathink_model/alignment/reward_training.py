@@ -34,7 +34,8 @@ class RewardTrainer:
 
     The loss of a pair is -log σ(score of chosen - score of rejected - margin), times the pair's weight. Under
     `rlhf.reward_weighting: prompt` the pairs of one prompt share one pair's weight, so that a prompt with many answers
-    does not outweigh the others.
+    does not outweigh the others. Pairs of one prompt come together, and an answer that stands in several of a batch is
+    scored once, as section 3.5 of the paper has it: met again and again within an epoch it would be learnt by heart.
 
     Args:
         config: Its `rlhf.reward_*` keys.
@@ -73,12 +74,20 @@ class RewardTrainer:
         steps = per_epoch * rlhf.reward_epochs
         for step in range(first_step, steps):
             epoch, part = divmod(step, per_epoch)
-            order = shuffled(len(split.train), self._seed, REWARD_ORDER, epoch)
-            rows = order[part * batch_size : (part + 1) * batch_size].tolist()
+            rows = self._order(split.train, epoch)[part * batch_size : (part + 1) * batch_size]
             self.learner.scale_rates(learning_rate_factor(step, steps))
             pairs = [split.train[row] for row in rows]
             after_step(step + 1, steps, self._step(pairs, [weights[row] for row in rows]))
         return self._measured(split)
+
+    def _order(self, pairs: Sequence[TokenPair], epoch: int) -> list[int]:
+        """The pairs of an epoch, prompt after prompt."""
+        of_prompt: dict[tuple[int, ...], list[int]] = {}
+        for row, pair in enumerate(pairs):
+            of_prompt.setdefault(tuple(pair.prompt), []).append(row)
+        together = list(of_prompt.values())
+        order = shuffled(len(together), self._seed, REWARD_ORDER, epoch).tolist()
+        return [row for prompt in order for row in together[prompt]]
 
     def _step(self, pairs: Sequence[TokenPair], weights: Sequence[float]) -> float:
         share = slice(self._context.rank, None, self._context.world_size)
@@ -100,9 +109,13 @@ class RewardTrainer:
 
     def _scores(self, pairs: Sequence[TokenPair]) -> Float[Tensor, " sides"]:
         """Raw scores of the chosen sides, then of the rejected ones."""
-        sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        sequences = make_sequences([pair.prompt for pair in pairs] * 2, sides, self._pad_id, self._context.device)
-        return raw_scores(self.learner.forward, self._head, sequences, self._rlhf.reward_pooling)
+        sides = [(tuple(pair.prompt), tuple(pair.chosen)) for pair in pairs]
+        sides += [(tuple(pair.prompt), tuple(pair.rejected)) for pair in pairs]
+        rows = {side: row for row, side in enumerate(dict.fromkeys(sides))}
+        prompts, answers = ([list(side[part]) for side in rows] for part in (0, 1))
+        sequences = make_sequences(prompts, answers, self._pad_id, self._context.device)
+        scores = raw_scores(self.learner.forward, self._head, sequences, self._rlhf.reward_pooling)
+        return scores[torch.tensor([rows[side] for side in sides], device=scores.device)]
 
     @torch.no_grad()
     def _scores_in_batches(self, pairs: Sequence[TokenPair]) -> Float[Tensor, "sides pairs"]:

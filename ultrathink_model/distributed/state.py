@@ -27,23 +27,27 @@ def optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, dict[s
 
 
 def initialise_state(optimizer: Optimizer) -> None:
-    """Has an optimizer that made no step yet make its state, as zeros, and moves no weight.
+    """Has an optimizer make the state of weights that it has not moved yet, as zeros, and moves no weight.
 
-    Optimizers make their state in their first step. So that one is made with a rate and gradients of zero, which
+    Optimizers make a weight's state in its first step. So that one is made with a rate and gradients of zero, which
     leaves the weights as they are; then what it counted is set to zero.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(optimizer.state.get(parameter) for parameter in parameters):
+    missing = [parameter for parameter in parameters if not optimizer.state.get(parameter)]
+    if not missing:
         return
     gradients = [parameter.grad for parameter in parameters]
     rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:
+        parameter.grad = None
+    for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
+    for parameter in missing:
         for tensor in _tensors(optimizer.state[parameter]).values():
             tensor.zero_()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

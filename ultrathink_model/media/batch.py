@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.media.counts import FRAMES_PER_STATE
+from ultrathink_model.media.placeholders import Kind
 
 NO_SLOT = -1
 # What a token stands for, in the order of its numbers.
@@ -42,6 +43,11 @@ class MediaBatch:
     def pin_memory(self) -> "MediaBatch":
         """The same media in page-locked memory, which a GPU reads without waiting."""
         return self.apply(lambda tensor: tensor.pin_memory())
+
+    def kinds(self) -> list[Kind]:
+        """The kinds of media that there are."""
+        found: list[Kind] = [] if self.images is None else ["image"]
+        return found if self.audio is None else [*found, "audio"]
 
     def modalities(self) -> Int[Tensor, "batch seq"] | None:
         """For each token its place in `MODALITIES`; None where there are no slots."""

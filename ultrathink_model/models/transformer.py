@@ -1,7 +1,7 @@
 """The decoder: pre-norm blocks of attention and feed-forward, some with experts, some routed in depth."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ultrathink_model.config import Config
 from ultrathink_model.media.batch import MediaBatch
+from ultrathink_model.media.placeholders import KINDS, Kind
 from ultrathink_model.models.attention import Attention, FeedForward, LayerCache
 from ultrathink_model.models.harm_head import HarmHead
 from ultrathink_model.models.loss import chunked_cross_entropy
@@ -199,13 +200,24 @@ class Transformer(nn.Module):
                 module.begin_step(step)
 
     @torch.no_grad()
-    def complete_gradients(self) -> None:
-        """Gives encoders that no batch of a step has used the gradient of zero that they have with other strategies."""
-        if self.media_encoder is None or self.media_encoder.runs_always:
+    def complete_gradients(self, media_seen: Collection[Kind]) -> None:
+        """Settles the gradients of the encoders, alike under every strategy.
+
+        Without a medium on this rank, but with one on another, an encoder has a gradient of zero. Where no rank had any,
+        Muon leaves it as it is, since it would make a full step of what is left of its momentum.
+
+        Args:
+            media_seen: The kinds of media that the step had, on any rank.
+        """
+        if self.media_encoder is None:
             return
-        for parameter in self.media_encoder.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        for kind in KINDS:
+            rests = kind not in media_seen and self.config.training.optimizer == "muon"
+            for parameter in self.media_encoder.parameters_of(kind):
+                if rests:
+                    parameter.grad = None
+                elif parameter.requires_grad and parameter.grad is None and not self.media_encoder.runs_always:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def end_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Hands each routed layer its counts over the whole step, and keeps them as the step's statistics.

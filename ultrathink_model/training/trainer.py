@@ -15,6 +15,7 @@ from ultrathink_model.config import Config
 from ultrathink_model.data import Batch
 from ultrathink_model.distributed.context import all_reduce_sum
 from ultrathink_model.distributed.interface import Strategy
+from ultrathink_model.media.placeholders import KINDS, Kind
 from ultrathink_model.models.transformer import ModelOutput, Transformer
 from ultrathink_model.training.averaging import WeightAverage
 from ultrathink_model.training.callbacks.callback import Callback
@@ -56,6 +57,23 @@ class StepRecord:
     loss_sum: Float[Tensor, ""]
     aux_sums: dict[str, Tensor] = field(default_factory=dict)
     gradient_norm: Float[Tensor, ""] | None = None
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """What the ranks know of each other before a step.
+
+    Attributes:
+        tokens: Tokens of the step over all ranks.
+        is_signalled: Whether any of them was told to stop.
+        is_late: Whether the clock ends the run on any of them.
+        media: Kinds of media that any of them has in its batches.
+    """
+
+    tokens: int
+    is_signalled: bool
+    is_late: bool
+    media: list[Kind]
 
 
 class Trainer:
@@ -141,11 +159,11 @@ class Trainer:
         while not self.is_last_step:
             self._watch.note("to read the data")
             micro_batches = next(self._batches)
-            tokens, is_signalled, is_late = self._agree(micro_batches)
-            if is_signalled or is_late:
-                return "stopped" if is_signalled else "finished"
+            whole = self._agree(micro_batches)
+            if whole.is_signalled or whole.is_late:
+                return "stopped" if whole.is_signalled else "finished"
             try:
-                self._train_step(micro_batches, tokens)
+                self._train_step(micro_batches, whole)
                 self._watch.rest()
                 for callback in self.callbacks:
                     callback.on_step_end(self)
@@ -187,8 +205,8 @@ class Trainer:
             self.config.training.max_rollbacks,
         )
 
-    def _train_step(self, micro_batches: list[Batch], tokens: int) -> None:
-        step, training = self.position.step, self.config.training
+    def _train_step(self, micro_batches: list[Batch], whole: WholeStep) -> None:
+        step, training, tokens = self.position.step, self.config.training, whole.tokens
         self.measured = {}
         factor = learning_rate_factor(training, step + 1, self.length.planned_steps)
         set_learning_rate(self.strategy.optimizer, factor)
@@ -205,7 +223,7 @@ class Trainer:
             for name, value in output.aux_losses.items():
                 record.aux_sums[name] = record.aux_sums.get(name, 0) + value.detach()
         self._watch.note(OPTIMIZER)
-        self.model.complete_gradients()
+        self.model.complete_gradients(whole.media)
         if self.scaler:
             self.scaler.unscale(self.model)
         record.gradient_norm = self.strategy.gradient_norm_and_clip(training.gradient_clipping)
@@ -275,12 +293,15 @@ class Trainer:
         """Whether any rank was told to stop; the same on all, which must all ask."""
         return bool(all_reduce_sum(torch.tensor(self._signals.received is not None).long()))
 
-    def _agree(self, micro_batches: list[Batch]) -> tuple[int, bool, bool]:
-        """Tokens of the step over all ranks, and whether a signal or the clock ends the run on any of them."""
+    def _agree(self, micro_batches: list[Batch]) -> WholeStep:
+        """What the ranks must know of each other before a step."""
         seconds = time.perf_counter() - self._started
         is_late = self.length.max_seconds is not None and seconds >= self.length.max_seconds
         tokens = sum(batch.num_tokens for batch in micro_batches)
+        media = {kind for batch in micro_batches if batch.media is not None for kind in batch.media.kinds()}
+        own = [tokens, self._signals.received is not None, is_late, *(kind in media for kind in KINDS)]
         self._watch.note("to count tokens with the other ranks")
         # In host memory: no rank waits for its device to hear of the others.
-        votes = all_reduce_sum(torch.tensor([tokens, self._signals.received is not None, is_late])).tolist()
-        return votes[0], votes[1] > 0, votes[2] > 0
+        tokens, signals, late, *seen = all_reduce_sum(torch.tensor(own)).tolist()
+        kinds = [kind for kind, batches in zip(KINDS, seen, strict=True) if batches]
+        return WholeStep(tokens, signals > 0, late > 0, kinds)

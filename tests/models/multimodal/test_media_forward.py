@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ultrathink_model.media.batch import MediaBatch
 from ultrathink_model.models.transformer import build_model
+from ultrathink_model.training.optimizer import make_optimizer
 
 SEQ = 40
 VARIANTS = {
@@ -133,3 +134,31 @@ def test_text_weights_are_those_of_the_model_without_encoders(media_config, smal
 def test_text_alone_is_the_model_without_encoders(media_model, small_model, random_tokens):
     tokens = random_tokens(2, SEQ)
     assert torch.equal(logits(media_model(), tokens, None), logits(small_model(), tokens, None))
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_encoders_that_a_step_does_not_use(media_model, some_media, random_tokens, optimizer_name):
+    model = media_model(f"training.optimizer={optimizer_name}", "training.weight_decay=0.0")
+    optimizer = make_optimizer(model.config.training, model)
+    tokens = random_tokens(3, SEQ)
+
+    def step(media, seen):
+        before = {name: weight.detach().clone() for name, weight in model.media_encoder.named_parameters()}
+        optimizer.zero_grad()
+        model(tokens, labels=tokens, media=media).loss_sum.backward()
+        model.complete_gradients(seen)
+        optimizer.step()
+        moved = {
+            name for name, weight in model.media_encoder.named_parameters() if not torch.equal(weight, before[name])
+        }
+        return {kind: any(name.startswith(kind) for name in moved) for kind in ("image", "audio")}
+
+    media = some_media(model.config, SEQ)
+    assert step(media, ["image", "audio"]) == {"image": True, "audio": True}
+    # What is left of their momentum moves them on under AdamW, as it does where ranks must all make the same calls.
+    goes_on = optimizer_name == "adamw"
+    silent = dataclasses.replace(media, audio=None, audio_frames=None, audio_slots=None)
+    assert step(silent, ["image"]) == {"image": True, "audio": goes_on}
+    assert step(None, []) == {"image": goes_on, "audio": goes_on}
+    # Another rank had a sound: here, too, the momentum goes on.
+    assert step(None, ["audio"]) == {"image": goes_on, "audio": True}

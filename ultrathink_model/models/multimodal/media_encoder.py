@@ -1,5 +1,7 @@
 """From images and sounds to states that stand in the sequence."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from ultrathink_model.config import Config
 from ultrathink_model.media.batch import MediaBatch
+from ultrathink_model.media.placeholders import Kind
 from ultrathink_model.models.multimodal.audio_encoder import AudioEncoder
 from ultrathink_model.models.multimodal.image_encoder import ImageEncoder
 from ultrathink_model.models.norm import RMSNorm
@@ -51,6 +54,12 @@ class MediaEncoder(nn.Module):
         if media.freeze_encoders:
             self.image_encoder.requires_grad_(False)
             self.audio_encoder.requires_grad_(False)
+
+    def parameters_of(self, kind: Kind) -> Iterator[nn.Parameter]:
+        """The weights that a medium of a kind goes through."""
+        is_image = kind == "image"
+        yield from (self.image_encoder if is_image else self.audio_encoder).parameters()
+        yield from (self.image_projector if is_image else self.audio_projector).parameters()
 
     def forward(
         self, x: Float[Tensor, "batch seq hidden"], media: MediaBatch | None
