@@ -1,5 +1,6 @@
 """The decoder as a `transformers` model, for the architectures that it has no class for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.media.batch import NO_SLOT, MediaBatch
 from ultrathink_model.models.configuration_ultrathink import UltrathinkConfig
 from ultrathink_model.models.kv_cache import KVCache
@@ -140,25 +142,49 @@ class UltrathinkForCausalLM(PreTrainedModel, GenerationMixin):
     def _media(
         self, tokens: Tensor, pixels: Tensor | None, features: Tensor | None, frames: Tensor | None
     ) -> MediaBatch | None:
-        """The media with the places of their tokens, which are whole and in order."""
         if pixels is None and features is None:
             return None
         if self.model.media_encoder is None:
             raise ValueError("pixel_values or input_features were given to a model without encoders")
-        media = MediaBatch()
-        if pixels is not None:
-            is_image = tokens == self.config.image_token_id
-            patches = self.model.config.multimodal.image_grid**2
-            numbers = torch.arange(pixels.shape[1], device=tokens.device)
-            media.images = pixels[numbers < is_image.sum(dim=1, keepdim=True) // patches].to(self.dtype)
-            media.image_slots = _slots(is_image, media.images.shape[0] * patches)
-        if features is not None:
-            assert frames is not None, "feature_frames go with input_features"
-            options, is_audio = self.model.config.multimodal, tokens == self.config.audio_token_id
-            media.audio, media.audio_frames = features[frames > 0].to(self.dtype), frames[frames > 0]
-            states = (media.audio_frames + 1) // 2
-            media.audio_slots = _slots(is_audio, int(((states - 1) // options.audio_stack + 1).sum()))
+        placeholders = self.config.image_token_id, self.config.audio_token_id
+        media = make_media(self.model.config.multimodal, tokens, placeholders, pixels, features, frames)
+        media.images = None if media.images is None else media.images.to(self.dtype)
+        media.audio = None if media.audio is None else media.audio.to(self.dtype)
         return media
+
+
+def make_media(
+    options: MultimodalConfig,
+    tokens: Tensor,
+    placeholders: Sequence[int],
+    pixel_values: Tensor | None = None,
+    input_features: Tensor | None = None,
+    feature_frames: Tensor | None = None,
+) -> MediaBatch:
+    """What the processor made of media, with the places of their tokens, which are whole and in order.
+
+    Args:
+        options: The model's section `multimodal`.
+        tokens: (batch, seq).
+        placeholders: The tokens of an image and of a sound.
+        pixel_values: (batch, images, 3, side, side); what a row has too many is left out.
+        input_features: (batch, clips, mel, frames).
+        feature_frames: (batch, clips) true frames; 0 where a row has no such clip.
+    """
+    media = MediaBatch()
+    is_image, is_audio = (tokens == placeholder for placeholder in placeholders)
+    if pixel_values is not None:
+        patches = options.image_grid**2
+        numbers = torch.arange(pixel_values.shape[1], device=tokens.device)
+        media.images = pixel_values[numbers < is_image.sum(dim=1, keepdim=True) // patches]
+        media.image_slots = _slots(is_image, media.images.shape[0] * patches)
+    if input_features is not None:
+        assert feature_frames is not None, "feature_frames go with input_features"
+        is_clip = feature_frames > 0
+        media.audio, media.audio_frames = input_features[is_clip], feature_frames[is_clip]
+        states = (media.audio_frames + 1) // 2
+        media.audio_slots = _slots(is_audio, int(((states - 1) // options.audio_stack + 1).sum()))
+    return media
 
 
 def _slots(is_medium: Tensor, states: int) -> Tensor:

@@ -43,6 +43,7 @@ class UltrathinkProcessor(ProcessorMixin):
         images: Any = None,
         audio: Any = None,
         return_tensors: str | None = "pt",
+        add_special_tokens: bool = True,
     ) -> BatchFeature:
         """Inputs for `generate`, shorter texts padded on the left.
 
@@ -52,6 +53,7 @@ class UltrathinkProcessor(ProcessorMixin):
                 of files, or Pillow's images.
             audio: The same for sounds: paths, the bytes of files, or arrays of samples at `audio_sample_rate`.
             return_tensors: As everywhere in `transformers`.
+            add_special_tokens: False for a text that a chat template has laid out.
 
         Returns:
             `input_ids` and `attention_mask`, (batch, seq); with images `pixel_values` (batch, images, 3, side, side); with
@@ -63,7 +65,7 @@ class UltrathinkProcessor(ProcessorMixin):
             MediaError: A medium cannot be read.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        rows: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
         image_id, audio_id = self.tokenizer.convert_tokens_to_ids(list(MEDIA_TOKENS))
         pixels = [self._pixels(source) for source in _flat(images)]
         sounds = [self._spectrogram(source) for source in _flat(audio)]

@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 from ultrathink_model.command_line import ArgumentParser
-from ultrathink_model.errors import ConfigError
+from ultrathink_model.errors import ConfigError, UltrathinkError
 from ultrathink_model.export.extras import require_all
+from ultrathink_model.media.placeholders import Kind
 from ultrathink_model.serving.conversation import Conversation, Sampling
 from ultrathink_model.serving.model_choice import find_model
+from ultrathink_model.serving.shown import Message, Shown
 
 PAGE = Path(__file__).resolve().with_name("page.py")
 ADDRESS = "127.0.0.1"
 HELP = "Say something; /new begins another conversation, /quit ends."
+MEDIA_HELP = "/image PATH and /sound PATH go with what you say next."
+COMMANDS: dict[str, Kind] = {"/image": "image", "/sound": "audio"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,21 +80,29 @@ def main(arguments: list[str]) -> None:
         _open_page(given, arguments)
     conversation = make_conversation(given)
     guard = "the guard is on" if conversation.has_guard else "there is no guard"
-    print(f"{conversation.folder}: {guard}. {HELP}", flush=True)
+    print(f"{conversation.folder}: {guard}. {HELP}{f' {MEDIA_HELP}' if conversation.media_options else ''}", flush=True)
     talk(conversation)
 
 
 def talk(conversation: Conversation) -> None:
     """Reads a line, streams the answer, and so on."""
-    messages: list[dict[str, str]] = []
+    messages: list[Message] = []
+    shown = Shown(conversation.media_options)
     while (line := _read_line()) is not None:
-        if line == "/new":
-            messages.clear()
-        elif line == "/quit":
-            return
-        elif line:
-            messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": _stream(conversation, messages)})
+        command, _, rest = line.partition(" ")
+        try:
+            if line == "/new":
+                messages.clear()
+                shown = Shown(conversation.media_options)
+            elif line == "/quit":
+                return
+            elif command in COMMANDS:
+                shown.add(COMMANDS[command], Path(rest.strip().strip("'\"")).expanduser())
+            elif line:
+                messages.append(shown.message(line))
+                messages.append({"role": "assistant", "content": _stream(conversation, messages)})
+        except UltrathinkError as error:
+            print(error)
 
 
 def _read_line() -> str | None:
@@ -101,7 +113,7 @@ def _read_line() -> str | None:
         return None
 
 
-def _stream(conversation: Conversation, messages: list[dict[str, str]]) -> str:
+def _stream(conversation: Conversation, messages: list[Message]) -> str:
     """Prints an answer as it comes; Ctrl-C cuts it short."""
     print("model>", end="", flush=True)
     said, guarded = "", False

@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from ultrathink_model.alignment.constitution import TURNS
+from ultrathink_model.config.multimodal import MultimodalConfig
 from ultrathink_model.export.huggingface import CHAT_TEMPLATE, has_chat_template
+from ultrathink_model.media.batch import MediaBatch
+from ultrathink_model.media.placeholders import MEDIA_TOKENS
 from ultrathink_model.models.generation import generation_steps
 from ultrathink_model.models.guard import Guard
 from ultrathink_model.models.hf import load_model
+from ultrathink_model.models.hf_config import processor_config
 from ultrathink_model.models.tokenizer_files import special_ids
+from ultrathink_model.serving.shown import Message
 
 REFUSAL = " I would rather not go on with this."
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,21 @@ class Conversation:
         """Whether answers are watched."""
         return self.model.harm_head is not None and self.guard_threshold is not None
 
+    @property
+    def media_options(self) -> MultimodalConfig | None:
+        """Sizes of the images and sounds that the model takes; None where it takes none."""
+        return None if self.model.media_encoder is None else self.model.config.multimodal
+
     def answer(self, messages: Messages) -> Iterator[Piece]:
         """What the model says next, piece by piece, each whole characters.
 
         Args:
-            messages: Each with `role` (`system`, `user` or `assistant`) and `content`. Where they are too long for the
-                model, the oldest are left out, and of a single one its beginning.
+            messages: Where they are too long for the model, the oldest are left out, and of a single one its beginning.
         """
         longest = self.model.config.model.max_seq_length
         new_tokens = min(self.sampling.max_new_tokens, longest // 2)
-        prompt = self._prompt(messages, longest - new_tokens)
-        pieces = self._written(prompt, new_tokens)
+        prompt, media = self._prompt(messages, longest - new_tokens)
+        pieces = self._written(prompt, media, new_tokens)
         # A model of ours may go on with the other's turn; a template with tokens of its own has one that ends a turn.
         yield from pieces if self._has_foreign_template else cut_at(pieces, [f"\n{name}" for name in TURNS])
 
@@ -102,13 +113,32 @@ class Conversation:
     def _has_foreign_template(self) -> bool:
         return self._has_own_template and self._tokenizer.chat_template != CHAT_TEMPLATE
 
-    def _prompt(self, messages: Messages, room: int) -> list[int]:
+    def _prompt(self, messages: Messages, room: int) -> tuple[Int[Tensor, "1 prompt"], MediaBatch | None]:
         kept = list(messages)
         while True:
-            ids: list[int] = self._tokenizer(self._laid_out(kept), add_special_tokens=False).input_ids
-            if len(ids) <= room or len(kept) == 1:
-                return ids[-room:]
+            tokens, media = self._read(kept)
+            if tokens.shape[1] <= room or len(kept) == 1:
+                cut = None if media is None else media.with_slots(lambda slots: slots[:, -room:])
+                return tokens[:, -room:], cut
             del kept[0]
+
+    def _read(self, messages: Messages) -> tuple[Int[Tensor, "1 prompt"], MediaBatch | None]:
+        """The tokens of messages, and what those show."""
+        text = self._laid_out(messages)
+        images = [image for message in messages for image in message.get("images", ())]
+        sounds = [sound for message in messages for sound in message.get("audio", ())]
+        if not images and not sounds:
+            return torch.tensor([self._tokenizer(text, add_special_tokens=False).input_ids]), None
+        from ultrathink_model.models.modeling_ultrathink import make_media  # noqa: PLC0415 - imports transformers
+        from ultrathink_model.models.processing_ultrathink import UltrathinkProcessor  # noqa: PLC0415
+
+        config = self.model.config
+        processor = UltrathinkProcessor(self._tokenizer, processor_config(config)["multimodal"])
+        inputs = dict(processor(text, images, sounds, add_special_tokens=False))
+        tokens = inputs.pop("input_ids")
+        inputs.pop("attention_mask")
+        placeholders = self._tokenizer.convert_tokens_to_ids(list(MEDIA_TOKENS))
+        return tokens, make_media(config.multimodal, tokens, placeholders, **inputs)
 
     def _laid_out(self, messages: Messages) -> str:
         template = None if self._has_own_template else CHAT_TEMPLATE
@@ -117,13 +147,13 @@ class Conversation:
         )
         return text
 
-    def _written(self, prompt: list[int], new_tokens: int) -> Iterator[Piece]:
+    def _written(self, prompt: Int[Tensor, "1 prompt"], media: MediaBatch | None, new_tokens: int) -> Iterator[Piece]:
         from tokenizers.decoders import DecodeStream  # noqa: PLC0415
 
         decoded = DecodeStream(skip_special_tokens=True)
         steps = generation_steps(
             self.model,
-            torch.tensor([prompt], device=self.device),
+            prompt.to(self.device),
             max_new_tokens=new_tokens,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
@@ -131,6 +161,7 @@ class Conversation:
             pad_token_id=self._pad,
             generator=self._generator,
             guard=self._guard(),
+            media=None if media is None else media.to(self.device),
         )
         for new in steps:
             if not new.active[0]:
