@@ -41,3 +41,12 @@ def test_a_wrong_answer_is_told_with_the_right_one(make_stage):
 
 def test_a_model_of_text_alone_has_no_such_section(make_stage):
     assert 'id="multimodal"' not in report_html([make_stage("reading", [{"train/loss": 1.0}])], "run")
+
+
+def test_the_load_of_experts_is_drawn_for_each_modality_that_there_was(make_stage):
+    load = {"train/moe/max_load": 1.5, "train/moe/text/max_load": 1.4, "train/moe/image/max_load": 3.0}
+    rows = [{"tokens": 100 * step, "train/loss": 1.0, **load} for step in (1, 2)]
+    page = report_html([make_stage("seeing", rows)], "run")
+    assert "Fullest expert by images alone" in page
+    assert "Fullest expert by text alone" in page
+    assert "Fullest expert by sound alone" not in page

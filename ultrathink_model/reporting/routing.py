@@ -9,6 +9,8 @@ from ultrathink_model.reporting.curves import stage_series, stage_starts
 from ultrathink_model.reporting.stages import Stage
 
 PATHS = ("fast", "standard", "deep", "ultra_deep")
+# By the name in the metrics of a multimodal run.
+MODALITIES = {"text": "text", "image": "images", "audio": "sound"}
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,16 @@ def routing_charts(stages: Sequence[Stage]) -> list[LineChart]:
                 "Reasoning paths", "share of tokens", "tokens", shares, starts=starts, y_range=(0.0, 1.0), percent=True
             )
         )
+    fair = [Level("fair", 1.0)]
+    of_media = [
+        (f"Fullest expert by {name} alone", f"train/moe/{modality}/max_load", "times its fair share", fair)
+        for modality, name in MODALITIES.items()
+    ]
     for title, metric, unit, levels in (
         ("Reasoning compute", "train/dre/compute", "passes per token", _budgets(stages)),
-        ("Fullest expert", "train/moe/max_load", "times its fair share", [Level("fair", 1.0)]),
-        ("Emptiest expert", "train/moe/min_load", "times its fair share", [Level("fair", 1.0)]),
+        ("Fullest expert", "train/moe/max_load", "times its fair share", fair),
+        ("Emptiest expert", "train/moe/min_load", "times its fair share", fair),
+        *of_media,
         ("Router entropy", "train/moe/entropy", "share of an even choice's", []),
         ("Dropped tokens", "train/moe/dropped", "share of tokens", []),
     ):
