@@ -17,6 +17,8 @@ FP32 = 4
 HALF = 2
 # AdamW keeps two numbers a weight, Muon one.
 ADAMW_BYTES, MUON_BYTES = 8, 4
+# Attention on a processor works in blocks of so many queries, in float32 up to this length: `models/blocked_attention.py`.
+BLOCK, LONGEST = 64, 512
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
     accumulates = _accumulates(config, ranks)
     # The backward pass begins with all activations, and works through the last block, which it may compute again.
     last_block = _working_bytes(config) + (max(_blocks(config)) if recomputes else 0)
-    working = max(_loss_buffers(config) + projection, _micro_batch_tokens(config) * last_block)
+    working = projection + max(_loss_buffers(config), _micro_batch_tokens(config) * last_block)
     media = media_activations(config)
     forward = activations + media + working + (gradients if accumulates else 0)
     backward = gradients + projection
@@ -165,11 +167,32 @@ def _blocks(config: Config) -> list[float]:
 
 
 def _working_bytes(config: Config) -> float:
-    """What the gradient of one token through the gated feed-forward takes while it is made."""
-    width = config.model.feed_forward_size
-    if num_mixtures(config):
-        width = max(width, expert_width(config) * config.moe.moe_top_k)
-    return 4 * width * (HALF if config.training.use_amp else FP32)
+    """What the gradient of one token through the gated feed-forward takes while it is made.
+
+    The gradient that arrives, the gate's activation, a product and the gradients of gate and up are five widths, beside
+    which what the last product kept is free again; where experts' outputs are weighted, there is one more.
+    """
+    mixtures = num_mixtures(config)
+    dense = 4 * config.model.feed_forward_size if mixtures < config.model.num_layers else 0
+    mixture = 5 * expert_width(config) * config.moe.moe_top_k if mixtures else 0
+    return max(dense, mixture) * (HALF if config.training.use_amp else FP32)
+
+
+def _mixing_bytes(config: Config, queries: int, keys: int) -> float:
+    """What attention keeps of one token beside its operands and its result.
+
+    A fused kernel has the result in another order of heads. What computes plainly, or in blocks on a processor, keeps
+    the weights of the tokens that each looks at. On a GPU float32 has the fused kernel, too, and needs less than this.
+    """
+    model, length = config.model, config.model.max_seq_length
+    product = HALF if config.training.use_amp else FP32
+    if not model.use_flash_attention:
+        return (queries + model.num_heads * length) * product
+    if config.training.use_amp or length > LONGEST:
+        return queries * product
+    ends = [min(start + BLOCK, length) for start in range(0, length, BLOCK)]
+    seen = sum((end - start) * end for start, end in zip(range(0, length, BLOCK), ends, strict=True)) / length
+    return (keys + model.num_heads * seen) * product
 
 
 def _block_bytes(config: Config, *, mixture: bool) -> float:
@@ -179,7 +202,7 @@ def _block_bytes(config: Config, *, mixture: bool) -> float:
     hidden, queries, keys = model.hidden_size, model.num_heads * model.head_size, model.kv_heads * model.head_size
     normed = 2 * hidden * product
     residual = 2 * hidden * FP32
-    attention = ((queries + 2 * keys) + queries + keys + 2 * queries) * product
+    attention = ((queries + 2 * keys) + queries + keys + queries) * product + _mixing_bytes(config, queries, keys)
     if mixture:
         width, top_k = expert_width(config), config.moe.moe_top_k
         inner = top_k * (hidden + 3 * width) * product + 3 * config.moe.num_experts * FP32
