@@ -43,6 +43,22 @@ def test_evaluation_does_not_depend_on_the_batch_size(text_config, manifest, tok
     assert losses[0]["eval/validation/loss"] == pytest.approx(losses[1]["eval/validation/loss"], rel=1e-6)
 
 
+def test_calibration_is_taken_over_as_many_bins_as_asked(text_config, manifest, tokenizer):
+    config = override_config(text_config, ["model.initializer_range=0.5", "evaluation.num_generations=0"])
+    model = build_model(config)
+    few, many = (
+        evaluate(model, tokenizer, manifest, override_config(config, [f"evaluation.calibration_bins={bins}"]))
+        for bins in (2, 40)
+    )
+    assert len(few.reliability) <= 2 < len(many.reliability) <= 40
+    edges = [int(found.confidence * 40) for found in many.reliability]
+    assert edges == sorted(set(edges)), "two bins share a fortieth"
+    assert few.metrics["eval/validation/accuracy"] == many.metrics["eval/validation/accuracy"]
+    # Errors of opposite signs within a wide bin cancel.
+    error = "eval/validation/calibration_error"
+    assert few.metrics[error] <= many.metrics[error] + 1e-9
+
+
 def test_folder_is_evaluated_and_the_result_written(text_config, manifest, tmp_path):
     model = build_model(text_config)
     save_model(model, manifest.tokenizer_folder, tmp_path / "final_model")

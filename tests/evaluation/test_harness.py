@@ -9,6 +9,7 @@ pytest.importorskip("lm_eval", reason="needs the extra `evaluation`")
 from ultrathink_model.config import override_config
 from ultrathink_model.data.tokenizer import Tokenizer
 from ultrathink_model.errors import ConfigError, DataError
+from ultrathink_model.evaluation import harness
 from ultrathink_model.evaluation.blimp import blimp_metrics
 from ultrathink_model.evaluation.harness import task_metrics
 from ultrathink_model.evaluation.task_files import check_inputs, read_rows
@@ -88,6 +89,24 @@ def test_questions_prompts_and_texts_are_scored_with_standard_errors(folder, tex
     assert 4 < metrics["eval/texts/bits_per_byte"] < 9
 
 
+@pytest.mark.parametrize("shown", [0, 2])
+def test_as_many_examples_as_asked_stand_before_each_question(folder, text_config, tmp_path, monkeypatch, shown):
+    asked, make = [], harness._language_model
+
+    def listening(*arguments):
+        model = make(*arguments)
+        answer = model.loglikelihood
+        monkeypatch.setattr(
+            model, "loglikelihood", lambda requests: asked.extend(r.args[0] for r in requests) or answer(requests)
+        )
+        return model
+
+    monkeypatch.setattr(harness, "_language_model", listening)
+    questions = [{"question": f"Q{n}:", "choices": ["a", "b"], "answer": n % 2} for n in range(4)]
+    run(folder, text_config, write(tmp_path / "questions.jsonl", questions), num_fewshot=shown)
+    assert [text.count("Q") for text in asked] == [shown + 1] * 8
+
+
 def test_a_folder_of_yaml_runs_all_its_tasks_on_as_many_documents_as_asked(folder, text_config, tmp_path):
     data = write(tmp_path / "data.json", [{"good": good, "bad": bad} for good, bad in PAIRS])
     (tmp_path / "tasks").mkdir()
@@ -107,13 +126,22 @@ def test_a_folder_of_yaml_runs_all_its_tasks_on_as_many_documents_as_asked(folde
 
 
 @pytest.mark.slow
-def test_our_own_architecture_runs_too_and_names_that_need_the_network_say_so(text_config, manifest, tmp_path):
+def test_our_own_architecture_runs_too_and_names_need_the_network_or_a_mirror(
+    text_config, manifest, tmp_path, monkeypatch
+):
     config = override_config(text_config, ["advanced.enable_dre=true", "advanced.enable_moe=true"])
     save_model(build_model(config), manifest.tokenizer_folder, tmp_path / "own")
     task = write(tmp_path / "choice.jsonl", [{"choices": list(pair), "answer": 0} for pair in PAIRS])
     assert 0 <= run(tmp_path / "own", config, task)["eval/choice/acc"] <= 1
     with pytest.raises(DataError, match="Without a network, name YAML or JSONL files"):
         run(tmp_path / "own", config, "hellaswag")
+    mirror = tmp_path / "mirror" / "Rowan" / "hellaswag"
+    mirror.mkdir(parents=True)
+    row = {"activity_label": "Congress", "ctx_a": "We meet.", "ctx_b": "we", "endings": ["vote.", "pay."], "label": "1"}
+    for split in ("train", "validation"):
+        write(mirror / f"{split}.jsonl", [row, row | {"label": "0"}])
+    monkeypatch.chdir(tmp_path / "mirror")
+    assert run(tmp_path / "own", config, "hellaswag")["eval/hellaswag/acc"] == 0.5
     with pytest.raises(ConfigError, match=r"no task hellaswagg.* Did you mean hellaswag"):
         run(tmp_path / "own", config, "hellaswagg")
 

@@ -61,7 +61,8 @@ def task_metrics(folder: Path, config: Config, device: torch.device | str) -> di
     except TASK_ERRORS as error:
         raise DataError(
             f"evaluation.tasks={settings.tasks}: lm-eval gave up: {type(error).__name__}: {' '.join(str(error).split())}. "
-            "Without a network, name YAML or JSONL files whose data lie on this machine."
+            "Without a network, name YAML or JSONL files whose data lie on this machine, or start in a folder that holds the "
+            "task's data under the hub's name (Rowan/hellaswag/ for hellaswag)."
         ) from error
     assert found is not None, "there is one rank"
     metrics: dict[str, float] = {}
