@@ -10,6 +10,7 @@ from ultrathink_model.errors import ConfigError, UltrathinkError
 from ultrathink_model.export.extras import require_all
 from ultrathink_model.media.placeholders import Kind
 from ultrathink_model.serving.conversation import Conversation, Sampling
+from ultrathink_model.serving.guard_flags import add_guard_flags, guard_threshold
 from ultrathink_model.serving.model_choice import find_model
 from ultrathink_model.serving.shown import Message, Shown
 
@@ -41,10 +42,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=usual.top_p, metavar="P", help="mass that is drawn from (0.95)")
     parser.add_argument("--seed", type=int, metavar="N", help="makes answers repeatable")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, …")
-    parser.add_argument(
-        "--guard", type=float, default=0.5, metavar="P", help="probability of harm at which the guard steps in (0.5)"
-    )
-    parser.add_argument("--no-guard", action="store_true", help="answer without the guard")
+    add_guard_flags(parser)
 
 
 def make_conversation(given: argparse.Namespace) -> Conversation:
@@ -58,13 +56,13 @@ def make_conversation(given: argparse.Namespace) -> Conversation:
         "--max-new-tokens": (given.max_new_tokens, given.max_new_tokens >= 1, "at least 1"),
         "--temperature": (given.temperature, given.temperature >= 0, "0 or more"),
         "--top-p": (given.top_p, 0 < given.top_p <= 1, "above 0 and at most 1"),
-        "--guard": (given.guard, 0 <= given.guard <= 1, "a probability, from 0 to 1"),
     }
     for flag, (value, holds, rule) in checks.items():
         if not holds:
             raise ConfigError(f"{flag} {value} must be {rule}.")
+    threshold = guard_threshold(given)
     sampling = Sampling(given.max_new_tokens, given.temperature, given.top_p, given.seed)
-    return Conversation(find_model(given.model), sampling, None if given.no_guard else given.guard, given.device)
+    return Conversation(find_model(given.model), sampling, threshold, given.device)
 
 
 def main(arguments: list[str]) -> None:
