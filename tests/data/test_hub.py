@@ -18,15 +18,20 @@ configs:
   data_files:
   - {split: train, path: wikitext-2-raw-v1/train-*}
   - {split: validation, path: wikitext-2-raw-v1/validation-*}
+- config_name: short
+  data_files:
+  - {split: train, path: short/train-*}
 ---
 """
 # Each line of input is a list of overrides; each line of output the splits or the error, with the seconds that it took.
 SCRIPT = """
 import json, sys, time
 from ultrathink_model.config import make_config
-from ultrathink_model.data import prepare_data, tokenize
+from ultrathink_model.data import build, prepare_data, tokenize
 from ultrathink_model.errors import UltrathinkError
 tokenize.BATCH_CHARACTERS = 500  # so that a stream of this size can stop early
+begin, revisions = build._begin, []
+build._begin = lambda part, found: (revisions.append(found), begin(part, found))
 base = {"model": {"vocab_size": 300, "max_seq_length": 32}, "data": {"tokenizer_name": "train"}}
 for line in sys.stdin:
     config = make_config(base, json.loads(line))
@@ -34,6 +39,7 @@ for line in sys.stdin:
     try:
         manifest = prepare_data(config)
         answer = {split: info.documents for split, info in manifest.splits.items()} | {"tokens": manifest.splits["train"].tokens}
+        answer["revisions"] = revisions.pop() if revisions else None
     except UltrathinkError as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer | {"seconds": time.monotonic() - start}), flush=True)
@@ -54,6 +60,9 @@ def hub(tmp_path_factory):
         pq.write_table(
             pa.table({"text": lines}), wikitext / "wikitext-2-raw-v1" / f"{split}-00000.parquet", row_group_size=16
         )
+    (wikitext / "short").mkdir()
+    lines = [line for n in range(12) for line in (f" = short {n} = \n", f" a short text {n} \n" * 9)]
+    pq.write_table(pa.table({"text": lines}), wikitext / "short" / "train-00000.parquet")
     (root / "some" / "bodies").mkdir(parents=True)
     (root / "some" / "bodies" / "train.jsonl").write_text("".join(f'{{"body": "text {n}"}}\n' for n in range(20)))
     server = subprocess.Popen(
@@ -79,12 +88,13 @@ def run(endpoint, home, *requests):
 
 def test_a_hub_dataset_is_downloaded_streamed_and_then_found_in_the_cache(hub, tmp_path):
     wikitext, prepared = "data.dataset=wikitext", f"data.cache_dir={tmp_path / 'first'}"
-    whole, streamed, few, column, named, absent = run(
+    whole, streamed, few, subset, column, named, absent = run(
         hub,
         tmp_path / "home",
         [wikitext, prepared],
         [wikitext, "data.streaming=true", f"data.cache_dir={tmp_path / 'streamed'}"],
         [wikitext, "data.streaming=true", "data.train_samples=4", f"data.cache_dir={tmp_path / 'few'}"],
+        [wikitext, "data.dataset_config=short", prepared],
         ["data.dataset=some/bodies", prepared],
         ["data.dataset=some/bodies", "data.text_column=body", prepared],
         ["data.dataset=some/absent", prepared],
@@ -93,9 +103,12 @@ def test_a_hub_dataset_is_downloaded_streamed_and_then_found_in_the_cache(hub, t
     assert {key: streamed[key] for key in ("train", "validation", "tokens")} == {
         key: whole[key] for key in ("train", "validation", "tokens")
     }
+    # A stream holds to one revision; the server's is this.
+    assert (whole["revisions"], streamed["revisions"]) == ([], ["c0ffee" + "0" * 34])
     assert few["validation"] == 3
     assert few["train"] < ARTICLES
     assert few["tokens"] >= 4 * 32
+    assert (subset["train"], subset["validation"]) == (11, 1)
     assert "some/bodies:train has no column 'text' but body; set data.text_column" in column["error"]
     assert (named["train"], named["validation"]) == (18, 2)
     assert "some/absent is neither a file or folder here nor a dataset on the hub" in absent["error"]

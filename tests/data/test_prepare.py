@@ -296,6 +296,18 @@ def test_what_another_version_left_half_built_is_not_gone_on_with(config, caplog
     assert second.splits == first.splits
 
 
+def test_a_stream_that_was_cut_short_goes_on_at_the_same_revision_only(tmp_path):
+    from ultrathink_model.data.build import _begin
+
+    part = tmp_path / ".half.part"
+    _begin(part, ["c0ffee"])
+    (part / "shard").touch()
+    _begin(part, ["c0ffee"])
+    assert (part / "shard").exists()
+    _begin(part, ["decaf"])
+    assert not (part / "shard").exists()
+
+
 def test_best_fit_rows_reach_the_loader_and_their_padding_is_told(config):
     from ultrathink_model.data import TrainLoader
 

@@ -12,6 +12,7 @@ from typing import Literal
 from ultrathink_model import __version__
 from ultrathink_model.config import Config
 from ultrathink_model.data.card import Notes, write_card
+from ultrathink_model.data.hub import HubSource
 from ultrathink_model.data.intake import SPLITS, Intake
 from ultrathink_model.data.manifest import (
     FORMAT_VERSION,
@@ -48,7 +49,7 @@ def build_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
     if folder.exists():
         shutil.rmtree(folder)
     part = folder.parent / f".{fingerprint}.part"
-    _begin(part)
+    _begin(part, _stream_revisions(ingredients))
     try:
         _fill_folder(config, ingredients, fingerprint, part)
         _require_unchanged(ingredients)
@@ -68,9 +69,14 @@ def _require_unchanged(ingredients: list[Ingredient]) -> None:
             raise DataError(f"data.dataset={ingredient.source.name} changed while it was read; start again.")
 
 
-def _begin(part: Path) -> None:
-    """Takes up a half-built folder of this same version, or begins a new one."""
-    made_by = f"{FORMAT_VERSION} {__version__}\n"
+def _stream_revisions(ingredients: list[Ingredient]) -> list[str]:
+    sources = [ingredient.source for ingredient in ingredients]
+    return [source.revision for source in sources if isinstance(source, HubSource) and source.revision]
+
+
+def _begin(part: Path, revisions: list[str]) -> None:
+    """Takes up a half-built folder of this same version and of the same revisions of streams, or begins a new one."""
+    made_by = " ".join([f"{FORMAT_VERSION} {__version__}", *revisions]) + "\n"
     record = part / BUILD_NAME
     if record.is_file() and record.read_text(encoding="utf-8") == made_by:
         logger.info("going on with the preparation in %s, which was cut short", part)

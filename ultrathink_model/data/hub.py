@@ -26,7 +26,8 @@ class HubSource:
     """A dataset of the hub.
 
     Its fingerprint is made of its name, subset and text column, without asking the hub: data that was prepared once is
-    found again with no network. The rows come from the hub's newest revision at the time of preparation.
+    found again with no network. The rows come from the hub's newest revision at the time of preparation; a stream holds
+    to the revision that it found first, whatever is pushed while it is read.
 
     Args:
         name: The source's name in messages.
@@ -83,6 +84,15 @@ class HubSource:
         except (HTTPError, OSError) as error:
             raise DataError(f"{file}: the hub was lost while it was read ({error}); start again.") from None
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that a stream reads; None where the local cache stands in for the hub, or nothing is streamed."""
+        return self._reached[0] if self.streaming else None
+
+    @cached_property
+    def _reached(self) -> tuple[str | None, str | None]:
+        return _reach(self._known.hub_id, self._known.revision)
+
     @cached_property
     def _splits(self) -> Mapping[str, Iterable[Mapping[str, object]]]:
         # Imported here because it takes seconds, which a run whose data lies prepared should not wait for.
@@ -90,7 +100,7 @@ class HubSource:
         from datasets.exceptions import DatasetsError  # noqa: PLC0415
 
         known = self._known
-        trouble = _reach(known.hub_id)
+        trouble = self._reached[1]
         logger.info("%s: reading %s from %s", self.name, known.hub_id, "the local cache" if trouble else "the hub")
         try:
             with _offline(datasets, trouble is not None):
@@ -98,7 +108,7 @@ class HubSource:
                 found = datasets.load_dataset(
                     known.hub_id,
                     known.subset,
-                    revision=None if trouble else known.revision,
+                    revision=None if trouble else self.revision or known.revision,
                     streaming=self.streaming and trouble is None,
                 )
         except (HTTPError, OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -135,14 +145,17 @@ def _undecoded(rows: Any, media: bool) -> Any:
     return rows
 
 
-def _reach(hub_id: str) -> str | None:
-    """Asks the hub once, since `datasets` itself would try for most of a minute; says why it cannot be reached, or None.
+def _reach(hub_id: str, revision: str | None) -> tuple[str | None, str | None]:
+    """Asks the hub once, since `datasets` itself would try for most of a minute.
+
+    Returns:
+        The commit that the revision stands for, or None, and why the hub cannot be reached, or None.
 
     Raises:
         DataError: The hub answers that there is no such dataset, or that it is not for this user.
     """
     try:
-        huggingface_hub.HfApi().dataset_info(hub_id, timeout=REACH_SECONDS)
+        return huggingface_hub.HfApi().dataset_info(hub_id, revision=revision, timeout=REACH_SECONDS).sha, None
     except RepositoryNotFoundError:
         raise DataError(
             f"{hub_id} is neither a file or folder here nor a dataset on the hub that this user may read; correct the "
@@ -151,8 +164,7 @@ def _reach(hub_id: str) -> str | None:
     except HFValidationError:
         raise DataError(f"{hub_id} is neither a file or folder here nor a possible hub id; correct the name.") from None
     except (HTTPError, OSError) as error:
-        return " ".join(str(error).split())
-    return None
+        return None, " ".join(str(error).split())
 
 
 @contextmanager

@@ -1,57 +1,18 @@
 """Cleaning as a user has it: whole preparations of a small corpus."""
 
 import json
-import random
 
 import pytest
+from cleaned_texts import ALL_STAGES, content, edit, read
 
-from ultrathink_model.config import make_config, override_config
-from ultrathink_model.data import Tokenizer, prepare_data
+from ultrathink_model.config import make_config
 from ultrathink_model.data.cleaning import extract
-from ultrathink_model.data.shards import TokenStream
-from ultrathink_model.data.sotu import SotuSource
 from ultrathink_model.errors import ConfigError, DataError, DependencyError
-
-
-@pytest.fixture(scope="module")
-def speeches():
-    """The first 9,000 characters of thirty speeches, each of its own time."""
-    return [str(row.text)[:9000] for row in SotuSource().rows("train")][::8]
-
-
-@pytest.fixture
-def prepare(tiny_config, tmp_path):
-    """Prepares texts with some parts of cleaning on; gives the manifest and the texts that are left."""
-
-    def run(texts, *overrides):
-        file = tmp_path / "corpus.jsonl"
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        settings = [f"data.dataset={file}", "data.executor_workers=1", "data.max_quarantine_fraction=0.1", *overrides]
-        manifest = prepare_data(override_config(tiny_config, settings))
-        return manifest, [text for split in ("train", "validation") for text in read(manifest, split)]
-
-    return run
-
-
-def read(manifest, split):
-    tokenizer = Tokenizer.load(manifest.tokenizer_folder)
-    stream = TokenStream(manifest.path, manifest.sources[0].shards[split], manifest.token_dtype)
-    tokens, ends = stream.read(0, len(stream))
-    starts = [0, *ends.tolist()]
-    return [tokenizer.decode(tokens[a : b - 1].tolist()) for a, b in zip(starts, ends.tolist(), strict=False)]
 
 
 def removed(manifest):
     lines = (manifest.path / "removed.jsonl").read_text(encoding="utf-8").splitlines()
     return [(row["row"], row["part"], row["reason"]) for row in map(json.loads, lines)]
-
-
-def edit(text, share, seed):
-    """The text with a share of its words changed."""
-    words = text.split()
-    for place in random.Random(seed).sample(range(len(words)), round(share * len(words))):
-        words[place] = f"other{place}"
-    return " ".join(words)
 
 
 def test_text_is_repaired_normalized_and_masked(prepare, speeches):
@@ -100,6 +61,19 @@ def test_equal_and_nearly_equal_documents_are_kept_once(prepare, speeches):
     assert len(left) == len(speeches)
     assert speeches[3] in left
     assert len({row for row, _, _ in removed(manifest)} & {3 + 1, len(speeches) + 1, len(speeches) + 2}) == 2
+
+
+def test_longer_shingles_and_bands_ask_for_greater_likeness(prepare, speeches):
+    texts = [*speeches[:12], edit(speeches[7], 0.02, 1)]
+    for settings, found in (
+        ([], 1),
+        # Hardly two hundred words in a row are without a change where every fiftieth has one.
+        (["cleaning.minhash_ngram=200"], 0),
+        # A band of sixty hashes agrees with a probability of 0.83 ** 60.
+        (["cleaning.minhash_hashes=60"], 0),
+    ):
+        manifest, _ = prepare(texts, "cleaning.minhash_dedup=true", "cleaning.minhash_buckets=8", *settings)
+        assert [part.removed for part in manifest.cleaning] == [found]
 
 
 def test_of_equal_documents_the_held_out_one_is_kept(prepare, speeches):
@@ -158,36 +132,11 @@ def test_unknown_languages_and_missing_schedulers_are_refused(prepare, speeches)
         prepare(speeches[:12], "cleaning.repair=true", "data.executor=slurm", "data.slurm_partition=cpu")
 
 
-def content(manifest):
-    """Every file of the prepared folder."""
-    return {path.relative_to(manifest.path): path.read_bytes() for path in manifest.path.rglob("*") if path.is_file()}
-
-
-ALL_STAGES = ("cleaning.repair=true", "cleaning.exact_dedup=true", "cleaning.minhash_dedup=true")
-
-
-@pytest.fixture
-def copies(monkeypatch, speeches):
-    """Texts with duplicates, in several tasks."""
-    monkeypatch.setattr(extract, "TASK_CHARACTERS", 60_000)
-    return [*speeches, speeches[3], edit(speeches[7], 0.05, 1)]
-
-
 def test_what_comes_out_does_not_depend_on_the_number_of_tasks(prepare, copies, monkeypatch, tmp_path):
     several, left = prepare(copies, *ALL_STAGES)
     monkeypatch.setattr(extract, "TASK_CHARACTERS", 10**9)
     one, left_of_one = prepare(copies, *ALL_STAGES, f"data.cache_dir={tmp_path / 'one'}")
     assert (one.cleaning, len(left_of_one)) == (several.cleaning, len(left))
-
-
-@pytest.mark.slow
-def test_ray_with_two_workers_gives_byte_for_byte_what_the_local_executor_gives(prepare, copies, tmp_path, monkeypatch):
-    pytest.importorskip("ray")
-    monkeypatch.setattr(extract, "TASK_CHARACTERS", 150_000)
-    local, _ = prepare(copies, *ALL_STAGES)
-    spread = ("data.executor=ray", "data.executor_workers=2", f"data.cache_dir={tmp_path / 'ray'}")
-    ray, _ = prepare(copies, *ALL_STAGES, *spread)
-    assert content(ray) == content(local)
 
 
 def test_a_cleaning_that_failed_half_way_goes_on_with_the_tasks_that_are_left(prepare, copies, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ultrathink_model.config import Config
 from ultrathink_model.data.cleaning.decontamination import read_evaluation_set, write_index
-from ultrathink_model.data.cleaning.executor import run_tasks
+from ultrathink_model.data.cleaning.executor import open_executor, run_tasks
 from ultrathink_model.data.cleaning.extract import ExtractedSource, extract
 from ultrathink_model.data.cleaning.stages import Plan, plan_stages
 from ultrathink_model.data.cleaning.steps import known_languages, task_file
@@ -78,10 +78,12 @@ def clean(
     _write_indices(config, work, tasks)
     plan = plan_stages(config.cleaning, work)
     counts: dict[str, Counter[str]] = {}
-    for stage in plan.stages:
-        logger.info("cleaning: %s, %d tasks, data.executor=%s", stage.name, stage.tasks or tasks, config.data.executor)
-        records = work / "records" / stage.name
-        counts |= run_tasks(config.data, stage.steps, stage.tasks or tasks, records, light=stage.light)
+    with open_executor(config.data):
+        for stage in plan.stages:
+            number = stage.tasks or tasks
+            logger.info("cleaning: %s, %d tasks, data.executor=%s", stage.name, number, config.data.executor)
+            records = work / "records" / stage.name
+            counts |= run_tasks(config.data, stage.steps, number, records, light=stage.light)
     parts = _describe(plan, counts)
     _collect_removed(plan, work, tasks, folder / "removed.jsonl")
     cleaned = [

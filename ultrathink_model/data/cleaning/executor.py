@@ -9,13 +9,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor import ray as ray_executor
 from datatrove.executor.base import PipelineExecutor
-from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
 
@@ -27,8 +29,35 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 # A job that has left Slurm's queue may have left files that a shared disk does not show yet.
 GONE_POLLS = 6
+RAY_SETTINGS = {
+    # No report of use goes to Ray's makers.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Under `uv run` Ray would pack the working folder and build every worker's environment anew.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Ray's coming default, which it warns of otherwise.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 Steps = Sequence[PipelineStep]
+
+
+@contextmanager
+def open_executor(data: DataConfig) -> Iterator[None]:
+    """What has to be there while pipelines run: for Ray a cluster, made once for all of them since that takes seconds.
+
+    Raises:
+        DependencyError: Ray or Slurm is not there.
+    """
+    if data.executor == "slurm" and shutil.which("sbatch") is None:
+        raise DependencyError(
+            "data.executor=slurm needs `sbatch`, which is not here; start on a login node, or use local."
+        )
+    with _quiet(), _ray(_all_workers(data)) if data.executor == "ray" else nullcontext():
+        yield
+
+
+def _all_workers(data: DataConfig) -> int:
+    return data.executor_workers or os.cpu_count() or 1
 
 
 def run_tasks(
@@ -37,7 +66,7 @@ def run_tasks(
     """Runs a pipeline's tasks, those that an earlier start finished excepted, and adds up what the steps counted.
 
     Args:
-        data: `data.executor` and its fellows.
+        data: `data.executor` and its fellows; the caller has `open_executor` around all its pipelines.
         steps: The pipeline; every task runs all of it.
         tasks: Number of tasks, which decides what each is given; what comes out does not depend on the executor.
         records: Folder of the logs, the counts, and the marks of finished tasks.
@@ -48,20 +77,14 @@ def run_tasks(
 
     Raises:
         DataError: Tasks failed on other machines; the message names their logs.
-        DependencyError: Ray or Slurm is not there.
     """
-    workers = min(tasks, data.executor_workers or os.cpu_count() or 1)
-    with _quiet():
-        executor = _EXECUTORS[data.executor](data, steps, tasks, workers, records)
-        if light and isinstance(executor, RayPipelineExecutor | SlurmPipelineExecutor):
-            executor.tasks_per_job = -(-tasks // workers)
-        if data.executor == "ray":
-            with _ray(workers):
-                executor.run()
-        else:
-            executor.run()
-            if isinstance(executor, SlurmPipelineExecutor):
-                _wait_for_jobs(executor)
+    workers = min(tasks, _all_workers(data))
+    executor = _EXECUTORS[data.executor](data, steps, tasks, workers, records)
+    if light and isinstance(executor, ray_executor.RayPipelineExecutor | SlurmPipelineExecutor):
+        executor.tasks_per_job = -(-tasks // workers)
+    executor.run()
+    if isinstance(executor, SlurmPipelineExecutor):
+        _wait_for_jobs(executor)
     failed = executor.get_incomplete_ranks(skip_completed=True)
     if failed:
         raise DataError(
@@ -78,21 +101,26 @@ class _LocalExecutor(LocalPipelineExecutor):
         return super()._run_for_rank(rank, local_rank + 1, node_rank)
 
 
+class _SlurmExecutor(SlurmPipelineExecutor):
+    """datatrove's, without the job that adds up the counts, which is done here."""
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+
 def _local(data: DataConfig, steps: Steps, tasks: int, workers: int, records: Path) -> PipelineExecutor:
     return _LocalExecutor(list(steps), tasks=tasks, workers=workers, logging_dir=str(records))
 
 
 def _on_ray(data: DataConfig, steps: Steps, tasks: int, workers: int, records: Path) -> PipelineExecutor:
     # No memory is reserved: a machine with less than datatrove's 2 GB for each processor would wait for ever.
-    return RayPipelineExecutor(list(steps), tasks=tasks, workers=workers, logging_dir=str(records), mem_per_cpu_gb=0)
+    return ray_executor.RayPipelineExecutor(
+        list(steps), tasks=tasks, workers=workers, logging_dir=str(records), mem_per_cpu_gb=0
+    )
 
 
 def _on_slurm(data: DataConfig, steps: Steps, tasks: int, workers: int, records: Path) -> PipelineExecutor:
-    if shutil.which("sbatch") is None:
-        raise DependencyError(
-            "data.executor=slurm needs `sbatch`, which is not here; start on a login node, or use local."
-        )
-    return SlurmPipelineExecutor(
+    return _SlurmExecutor(
         list(steps),
         tasks=tasks,
         workers=workers,
@@ -101,10 +129,28 @@ def _on_slurm(data: DataConfig, steps: Steps, tasks: int, workers: int, records:
         time=data.slurm_time,
         job_name="ultrathink-cleaning",
         venv_path=str(Path(sys.prefix) / "bin" / "activate"),
-        mail_type="NONE",
+        # The cluster's own default; not every cluster has a class of service named `normal`.
+        qos="",
         requeue=False,
     )
 
+
+class _RayTaskManager(ray_executor.RayTaskManager):
+    """datatrove's, which starts jobs in threads and would wait for ever for one that could not be started."""
+
+    def submit_task(self, *arguments: Any) -> Future[Any]:
+        started = super().submit_task(*arguments)
+        self.pg_futures[-1].add_done_callback(partial(_pass_on_error, started))
+        return started
+
+
+def _pass_on_error(started: Future[Any], thread: Future[Any]) -> None:
+    if not thread.cancelled() and (error := thread.exception()) is not None:
+        logger.error("data.executor=ray: a job could not be started: %s: %s", type(error).__name__, error)
+        started.set_exception(error)
+
+
+ray_executor.RayTaskManager = _RayTaskManager
 
 _EXECUTORS = {"local": _local, "ray": _on_ray, "slurm": _on_slurm}
 
@@ -112,37 +158,52 @@ _EXECUTORS = {"local": _local, "ray": _on_ray, "slurm": _on_slurm}
 @contextmanager
 def _ray(workers: int) -> Iterator[None]:
     """A Ray cluster: the one of RAY_ADDRESS, or one on this machine that ends with the work."""
-    try:
-        import ray  # noqa: PLC0415 - optional
-    except ImportError:
-        raise DependencyError(
-            "data.executor=ray needs the package ray: pip install 'ultrathink-model[ray]', or set data.executor=local."
-        ) from None
-    own = not ray.is_initialized()
-    if own:
-        local: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    try:
-        yield
-    finally:
+    with _environment(RAY_SETTINGS):
+        try:
+            import ray  # noqa: PLC0415 - optional
+        except ImportError:
+            raise DependencyError(
+                "data.executor=ray needs the package ray: pip install 'ultrathink-model[ray]', or set data.executor=local."
+            ) from None
+        own = not ray.is_initialized()
         if own:
-            ray.shutdown()
+            local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+            settings = {} if "RAY_ADDRESS" in os.environ else local
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+            except Exception as error:  # noqa: BLE001 - Ray raises plain `Exception` where a node is slow to start
+                raise DependencyError(
+                    f"data.executor=ray: no cluster was to be had ({error}); look into /tmp/ray/session_latest/logs, start "
+                    "one by `ray start --head` and name it in RAY_ADDRESS, or set data.executor=local."
+                ) from None
+        try:
+            yield
+        finally:
+            if own:
+                ray.shutdown()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps datatrove's messages off the terminal, of this process and of its children; errors are raised all the same."""
-    before = os.environ.get("LOGURU_LEVEL")
-    os.environ["LOGURU_LEVEL"] = "ERROR"
     datatrove_logger.disable("datatrove")
+    try:
+        with _environment({"LOGURU_LEVEL": "ERROR"}):
+            yield
+    finally:
+        datatrove_logger.enable("datatrove")
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets variables that the user has not set, for this process and the children made within."""
+    missing = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
         yield
     finally:
-        datatrove_logger.enable("datatrove")
-        if before is None:
-            del os.environ["LOGURU_LEVEL"]
-        else:
-            os.environ["LOGURU_LEVEL"] = before
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 def _wait_for_jobs(executor: SlurmPipelineExecutor) -> None:
