@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
@@ -30,7 +31,7 @@ def plan_of(run: PipelineRunResponse) -> dict[str, Any]:
 def is_abandoned(run: PipelineRunResponse) -> bool:
     """Whether no process of this machine runs it; a run on machines of a cloud is never said to be."""
     plan = plan_of(run)
-    if run.status != ExecutionStatus.RUNNING or not plan or plan.get("remote"):
+    if run.status != ExecutionStatus.RUNNING or not plan or plan.get("remote") or is_deployed(run):
         return False
     folder = Path(plan["folder"])
     if not folder.is_dir():
@@ -42,6 +43,18 @@ def is_abandoned(run: PipelineRunResponse) -> bool:
         return False
     lock.release()
     return True
+
+
+def is_deployed(run: PipelineRunResponse) -> bool:
+    """Whether a deployment on this machine, whose process is alive, started the run: such a run holds no lock."""
+    if run.trigger_info is None or run.trigger_info.deployment_id is None:
+        return False
+    try:
+        deployment = Client().get_deployment(run.trigger_info.deployment_id)
+    except KeyError:
+        return False
+    process = (deployment.deployment_metadata or {}).get("pid")
+    return process is not None and psutil.pid_exists(process)
 
 
 def close(run: PipelineRunResponse) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from filelock import FileLock, Timeout
 from zenml.client import Client
 
-from pipelines.abandoned import LOCK_NAME, close, plan_of, running_runs
+from pipelines.abandoned import LOCK_NAME, close, is_deployed, plan_of, running_runs
 from steps.caching import expire_stale_results
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.workflow import WorkflowPlan, plan_workflow
@@ -79,8 +79,17 @@ def _take_lock(plan: WorkflowPlan) -> None:
 
 
 def _close_abandoned_runs(plan: WorkflowPlan) -> None:
-    """Shows runs of this folder that are "running" as failed: we hold its lock, so none is."""
+    """Shows runs of this folder that are "running" as failed: we hold its lock, so none is but a deployment's.
+
+    Raises:
+        ConfigError: A deployment runs the workflow in this folder.
+    """
     for run in running_runs(f"{plan.workflow}_pipeline"):
         if plan_of(run).get("folder") == str(plan.folder):
+            if is_deployed(run):
+                raise ConfigError(
+                    f"{run.name}, of a deployment, runs {plan.workflow} in {plan.folder}; wait for it, or write "
+                    "elsewhere with --override output.output_dir=FOLDER."
+                )
             logger.warning("run %s was cut off and is shown as failed from now on.", run.name)
             close(run)

@@ -207,8 +207,8 @@ def _vertex(name: str, step: StepSettings) -> dict[str, Any]:
         if field in step.model_fields_set:
             raise ConfigError(f"steps.{name}.{field}: on Vertex AI it comes with the machine; leave it out.")
     job: dict[str, Any] = {"machine_type": step.machine, "accelerator_count": step.gpus}
-    if step.gpu_type:
-        job["accelerator_type"] = step.gpu_type
+    # Left out, or null, it would be the stack's: an L4 on a machine that takes none.
+    job["accelerator_type"] = step.gpu_type or ""
     if step.disk_gb:
         job["boot_disk_size_gb"] = step.disk_gb
     extra: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipelines.production import production_pipeline
 from pipelines.prototype import prototype_pipeline
 from pipelines.quiet import quiet_zenml
 from pipelines.run_settings import find_run_settings, read_run_settings, to_zenml
+from pipelines.schedules import schedule_expression
 from pipelines.stack_files import find_stack
 from ultrathink_model.errors import EXIT_STOPPED_AFTER_SAVING, ConfigError, TrainingStoppedError, UltrathinkError
 from ultrathink_model.workflow import WorkflowPlan
@@ -76,16 +77,22 @@ def configured(plan: WorkflowPlan, run_settings: str | None, schedule: str | Non
         ConfigError: The settings do not fit the orchestrator, or it has no schedules.
     """
     stack = Client().active_stack
-    settings = read_run_settings(Path(run_settings)) if run_settings else find_run_settings(stack.name)
-    options = to_zenml(settings, stack.orchestrator.flavor, plan.steps)
+    options = _options(run_settings, plan.steps)
     if schedule:
         if not stack.orchestrator.config.is_schedulable:
             raise ConfigError(
                 f"--schedule {schedule}: the orchestrator {stack.orchestrator.flavor} of stack {stack.name} has no "
                 "schedules; take a stack of SageMaker, Vertex AI or Kubernetes, or cron on this machine."
             )
-        options["schedule"] = Schedule(cron_expression=schedule)
+        options["schedule"] = Schedule(cron_expression=schedule_expression(schedule, stack.orchestrator.flavor))
     return PIPELINES[plan.workflow].with_options(**options, execution_mode=_execution_mode())
+
+
+def _options(run_settings: str | None, steps: Iterable[str]) -> dict[str, Any]:
+    """Run settings, from a file or the active stack's own, in the words of its orchestrator."""
+    stack = Client().active_stack
+    settings = read_run_settings(Path(run_settings)) if run_settings else find_run_settings(stack.name)
+    return to_zenml(settings, stack.orchestrator.flavor, steps)
 
 
 def _execution_mode() -> ExecutionMode:
@@ -120,10 +127,20 @@ def as_command(pipeline: Pipeline) -> Pipeline:
 
 
 class _CommandPipeline(Pipeline):
-    """A pipeline that ends the process with a message and an exit code where ours would raise."""
+    """A pipeline with its stack's run settings, that ends with a message and an exit code where ours would raise.
+
+    What a YAML file of ZenML's says wins over the run settings.
+    """
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        super().prepare(*args, **kwargs)
+        options = _options(None, self.invocations)
+        self.configure(settings=options.get("settings"), execution_mode=_execution_mode())
+        for name, step_options in options.get("steps", {}).items():
+            invocation = self.invocations[name]
+            invocation.step = invocation.step.with_options(**step_options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> PipelineRunResponse | None:
-        self.configure(execution_mode=_execution_mode())
         try:
             return super().__call__(*args, **kwargs)
         except UltrathinkError as error:

@@ -7,6 +7,7 @@ from zenml import step
 from zenml.types import HTMLString
 
 from steps.caching import PREPARE_DATA
+from steps.deployed import refuse_other_settings
 from steps.references import DataReference, hash_files, publish
 from ultrathink_model.data.card import CARD_NAME, PAGE_NAME
 from ultrathink_model.data.manifest import MANIFEST_NAME
@@ -19,6 +20,7 @@ FILES = (MANIFEST_NAME, CARD_NAME)
 @step(cache_policy=PREPARE_DATA)
 def prepare_data(plan: StepPlan) -> tuple[Annotated[DataReference, "data"], Annotated[HTMLString, "dataset_card"]]:
     """Prepares the data of a stage's config, or finds them prepared; the data set card is shown on the dashboard."""
+    refuse_other_settings()
     print(f"{plan.title}: {plan.config.data.mix_datasets or plan.config.data.dataset}", flush=True)
     manifest = prepare(plan.config)
     folder = Path(plan.config.data.cache_dir) / manifest.path.name

@@ -4,17 +4,14 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from services import free_port, service
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,38 +51,11 @@ VALUES = {
 }
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@contextmanager
-def service(command: Sequence[str], url: str, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """A process that serves `url` while the block runs."""
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(environment))
-        try:
-            deadline = time.monotonic() + 600
-            while not _answers(url):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+def clean_environment() -> dict[str, str]:
+    """This process's environment, less what it says of its own ZenML."""
+    # Without Python's cache of bytecode each job would spend two thirds of its start on compiling the same packages.
+    unwanted = ("ZENML_", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
 
 
 @contextmanager
@@ -93,8 +63,7 @@ def zenml_server(folder: Path) -> Iterator[dict[str, str]]:
     """A ZenML server with a store of its own; yields what a client's environment needs to reach it."""
     port = free_port()
     (folder / "server").mkdir(parents=True)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("ZENML_")}
-    environment = clean | {
+    environment = clean_environment() | {
         "ZENML_SERVER": "true",
         "ZENML_CONFIG_PATH": str(folder / "server"),
         "ZENML_SERVER_AUTO_ACTIVATE": "true",
@@ -116,8 +85,14 @@ def zenml_server(folder: Path) -> Iterator[dict[str, str]]:
         }
 
 
+# ZenML's steps work in /app, as in their image: there each job has its machine's folder, and this machine's is untouched.
+OWN_APP = ("unshare", "--mount", "sh", "-c", 'mkdir -p /app && mount --bind "$0" /app && exec "$@"')
+
+
 class Machine:
     """A machine of the cloud: a folder that is empty when a job begins, and an environment without this one's ZenML.
+
+    It needs the right to mount (root, as in a container's default).
 
     Attributes:
         folder: Where its jobs start.
@@ -125,8 +100,7 @@ class Machine:
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("ZENML_")}
-        self._environment = clean | {"PYTHONPATH": str(ROOT)} | dict(environment)
+        self._environment = clean_environment() | {"PYTHONPATH": str(ROOT)} | dict(environment)
         self.replace()
 
     def replace(self) -> None:
@@ -139,7 +113,12 @@ class Machine:
         words = [sys.executable if word in ("python", "python3") else word for word in command]
         own = self._environment | dict(environment) | {"ZENML_CONFIG_PATH": str(self.folder / ".zenml")}
         return subprocess.Popen(
-            words, cwd=self.folder, env=own, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*OWN_APP, str(self.folder), *words],
+            cwd=self.folder,
+            env=own,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -174,11 +153,10 @@ def write_config(folder: Path) -> Path:
 
 def run_cli(arguments: Sequence[str], environment: Mapping[str, str], cwd: Path) -> str:
     """Runs run.py as a user does and returns what it printed."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("ZENML_")}
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=cwd,
-        env=clean | dict(environment),
+        env=clean_environment() | dict(environment),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from loopback import ROOT, Machine, free_port, run_cli, service, stop_after, write_config, zenml_server
+from loopback import ROOT, Machine, run_cli, stop_after, write_config, zenml_server
+from services import free_port, service
 
 from ultrathink_model.workflow import WORKFLOWS
 

@@ -6,12 +6,12 @@ Only the one call to Vertex AI is answered by the test; gcp-storage-emulator sta
 
 import importlib.util
 import json
-import os
 import sys
 import urllib.request
 
 import pytest
-from loopback import ROOT, Machine, free_port, service
+from loopback import ROOT, Machine
+from vertex_service import cloud_storage
 
 aiplatform = pytest.importorskip("google.cloud.aiplatform", reason="needs .venv/gcp (make test-cloud)")
 pytest.importorskip("gcp_storage_emulator", reason="needs .venv/gcp (make test-cloud)")
@@ -35,15 +35,7 @@ TINY = (
 
 @pytest.fixture
 def storage(tmp_path):
-    """Cloud Storage on loopback, with a bucket: what an environment needs to reach it."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    script = (
-        "from gcp_storage_emulator.server import create_server; "
-        f"server = create_server('127.0.0.1', {port}, in_memory=True, default_bucket='{BUCKET}'); server.run()"
-    )
-    environment = {"STORAGE_EMULATOR_HOST": url, "GOOGLE_CLOUD_PROJECT": "my-project"}
-    with service([sys.executable, "-c", script], url, tmp_path / "storage.log", os.environ):
+    with cloud_storage(BUCKET, tmp_path / "storage.log") as environment:
         yield environment
 
 

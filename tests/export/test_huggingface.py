@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ultrathink_model.errors import CheckpointError
+from ultrathink_model.export import command
 from ultrathink_model.export.export import export_model
 
 
@@ -31,6 +32,13 @@ def test_export_loads_in_transformers_and_replaces_the_older_one(make_run, tmp_p
     assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, tokens.shape[1] + 3)
     assert "# run" in (destination / "README.md").read_text()
     assert (final_model / "README.md").read_text() != (destination / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_exports_in_the_formats_that_are_asked_for(make_run, tmp_path):
+    command.main([str(make_run("run")), str(tmp_path / "export"), "--override", "export.formats=[gguf]"])
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+    assert list((tmp_path / "export").rglob("*.gguf"))
 
 
 def test_damaged_weights_leave_the_older_export_as_it_was(make_run, tmp_path):

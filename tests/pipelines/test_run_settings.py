@@ -103,3 +103,29 @@ def test_what_an_orchestrator_cannot_do_is_refused(text, flavor, message, tmp_pa
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         to_zenml(read_run_settings(path), flavor, STEPS)
+
+
+@pytest.mark.slow
+def test_the_bare_command_takes_the_settings_of_its_stack_and_a_yaml_file_wins_over_them(
+    workspace, tmp_path, monkeypatch
+):
+    import yaml
+    from zenml.client import Client
+
+    from pipelines.prototype import prototype_pipeline
+    from pipelines.start import as_command
+
+    stack = Client().active_stack_model.name
+    (tmp_path / f"{stack}.yaml").write_text("{defaults: {retries: 2}, steps: {export: {retries: 5}}}")
+    monkeypatch.setattr("pipelines.run_settings.FOLDER", tmp_path)
+    file = {
+        "parameters": {"config": "small.yaml", "overrides": ["output.output_dir=settled"]},
+        "steps": {"report": {"retry": {"max_retries": 9}}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
+    pipeline = as_command(prototype_pipeline.copy()).with_options(config_path=str(tmp_path / "run.yaml"))
+    snapshot = pipeline.create_snapshot("settled")
+    retries = {name: step.config.retry.max_retries for name, step in snapshot.step_configurations.items()}
+    assert retries.pop("export") == 5
+    assert retries.pop("report") == 9
+    assert set(retries.values()) == {2}

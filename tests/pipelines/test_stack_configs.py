@@ -62,4 +62,5 @@ def test_a_local_stack_imports_into_zenml(name):
     done = CliRunner().invoke(cli, ["stack", "import", stack_name, "-f", str(FOLDER / f"{name}.yaml")])
     assert done.exit_code == 0, done.output
     stack = Client().get_stack(stack_name)
-    assert set(stack.components) == {StackComponentType.ORCHESTRATOR, StackComponentType.ARTIFACT_STORE}
+    kinds = {StackComponentType.ORCHESTRATOR, StackComponentType.ARTIFACT_STORE, StackComponentType.DEPLOYER}
+    assert set(stack.components) == kinds

@@ -113,6 +113,17 @@ def test_run_has_every_line_the_config_its_parent_and_its_artifacts(config, fold
     }
 
 
+def test_runs_and_their_artifacts_are_in_the_named_experiment(config, folder, client, tmp_path):
+    named = override_config(config, ["logging.experiment_name=house style/2"])
+    run = MlflowRun.start(named, "baseline", folder)
+    run.log_artifact(folder.config_file)
+    run.finish()
+    experiment = client.get_experiment_by_name("house style/2")
+    assert client.get_run(run.run_id).info.experiment_id == experiment.experiment_id
+    assert client.get_experiment_by_name("ultrathink") is None
+    assert (tmp_path / "mlartifacts" / "house_style_2" / run.run_id / "artifacts" / "config.yaml").is_file()
+
+
 def test_starting_a_run_does_not_wait_for_mlflow(config, folder):
     unreachable = override_config(config, ["logging.mlflow_tracking_uri=http://127.0.0.1:9"])
     started = time.monotonic()

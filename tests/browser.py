@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,13 @@ class Browser:
         os.close(self._commands)
         self._reader.close()
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Shows a file in a window of the given size and colour scheme, and waits until it is loaded."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """Shows a file or an address in a window of the given size and colour scheme, and waits until it is loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self.evaluate("document.readyState") != "complete":
             pass
 
@@ -88,6 +89,29 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait_for(self, script: str, seconds: float = 60) -> Any:
+        """The value of a JavaScript expression in the page once it is true of something."""
+        deadline = time.monotonic() + seconds
+        while not (value := self.evaluate(script)):
+            assert time.monotonic() < deadline, f"{script}: {self.evaluate('document.body.innerText')}"
+            time.sleep(0.2)
+        return value
+
+    def press(self, name: str) -> None:
+        """Clicks, with the mouse, the button or link of a name, once there is one."""
+        place = self.wait_for(
+            f"""(() => {{
+                const named = [...document.querySelectorAll("button, a")].find(
+                    element => element.textContent.trim() === {json.dumps(name)} && !element.disabled);
+                if (!named) return null;
+                named.scrollIntoView();
+                const box = named.getBoundingClientRect();
+                return [box.left + box.width / 2, box.top + box.height / 2];
+            }})()"""
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
 
     def point_at(self, x: float, y: float) -> None:
         """Moves the mouse there."""
