@@ -16,6 +16,7 @@ from zenml.config.docker_settings import DockerSettings
 from zenml.config.retry_config import StepRetryConfig
 
 from pipelines.stack_files import SECRET_NAME, STACK_PREFIX
+from ultrathink_model.config.yaml_text import read_yaml
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.workflow import WORKFLOWS
 
@@ -96,7 +97,7 @@ def read_run_settings(path: Path) -> RunSettings:
         ConfigError: It cannot be read, or a key or value in it breaks a rule.
     """
     try:
-        return RunSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return RunSettings.model_validate(read_yaml(path.read_text(encoding="utf-8")) or {})
     except OSError as error:
         raise ConfigError(f"--run-settings {path}: {error.strerror}. Shipped ones lie in {FOLDER}.") from None
     except yaml.YAMLError as error:

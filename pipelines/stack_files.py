@@ -15,6 +15,7 @@ from zenml.models import ComponentResponse, StackResponse
 from zenml.stack.flavor import Flavor
 from zenml.utils.pagination_utils import depaginate
 
+from ultrathink_model.config.yaml_text import read_yaml
 from ultrathink_model.errors import ConfigError
 
 STACK_PREFIX = "ultrathink_"
@@ -75,7 +76,7 @@ def read_stack_file(path: Path, values: Mapping[str, str] | None = None) -> Stac
     values = values or {}
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}. Shipped stacks lie in stack_configs/.") from None
     except yaml.YAMLError as error:

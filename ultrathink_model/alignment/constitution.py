@@ -6,6 +6,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ultrathink_model.config.profiles import CONFIG_FOLDER
+from ultrathink_model.config.yaml_text import read_yaml
 from ultrathink_model.errors import ConfigError
 
 DEFAULT_FILE = CONFIG_FOLDER / "constitution.yaml"
@@ -46,7 +47,7 @@ def load_constitution(path: str | None) -> Constitution:
     """
     file = DEFAULT_FILE if path is None else Path(path)
     try:
-        return Constitution.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Constitution.model_validate(read_yaml(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"constitutional.constitution={file}: {error.strerror}; name a YAML file.") from None
     except yaml.YAMLError as error:

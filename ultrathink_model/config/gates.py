@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ultrathink_model.config.profiles import CONFIG_FOLDER
+from ultrathink_model.config.yaml_text import read_yaml
 from ultrathink_model.errors import ConfigError
 
 BOUND = re.compile(r"(<=|>=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
@@ -58,7 +59,7 @@ def read_gates(path: str | None) -> list[Gate]:
     """
     file = Path(path) if path else DEFAULT_FILE
     try:
-        return TypeAdapter(list[Gate]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")) or [])
+        return TypeAdapter(list[Gate]).validate_python(read_yaml(file.read_text(encoding="utf-8")) or [])
     except OSError as error:
         raise ConfigError(f"promotion.gates_file={file}: {error.strerror}; name a YAML file of gates.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ultrathink_model.config.root import Config
+from ultrathink_model.config.yaml_text import read_yaml
 from ultrathink_model.errors import ConfigError
 
 
@@ -70,7 +71,7 @@ def valid_keys() -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}. Shipped configs lie in configs/train_*.yaml.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
