@@ -72,9 +72,12 @@ class RewardTrainer:
         batch_size = min(rlhf.reward_batch_size, len(split.train))
         per_epoch = -(-len(split.train) // batch_size)
         steps = per_epoch * rlhf.reward_epochs
+        order: list[int] = []
         for step in range(first_step, steps):
             epoch, part = divmod(step, per_epoch)
-            rows = self._order(split.train, epoch)[part * batch_size : (part + 1) * batch_size]
+            if part == 0 or not order:
+                order = self._order(split.train, epoch)
+            rows = order[part * batch_size : (part + 1) * batch_size]
             self.learner.scale_rates(learning_rate_factor(step, steps))
             pairs = [split.train[row] for row in rows]
             after_step(step + 1, steps, self._step(pairs, [weights[row] for row in rows]))
