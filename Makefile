@@ -7,6 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
+LLAMA := $(VENV)/.llama-installed
+LLAMA_VERSION := $(shell sed -n 's/^llama-cpp-python==//p' constraints.txt)
+LLAMA_DIR := $(VENV)/llama/$(LLAMA_VERSION)
+LLAMA_SOURCE := $(LLAMA_DIR)/llama_cpp_python-$(LLAMA_VERSION)
+LLAMA_FLAGS := -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG' -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF \
+  -DSKBUILD_PLATLIB_DIR=unused
 PEERS := $(VENV)/peers/.installed
 UV_VERSION := 0.13.9
 
@@ -17,7 +23,7 @@ endif
 # DeepSpeed compiles its kernels when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup prototype production test test-all check format bench docs cloud test-cloud clean
+.PHONY: help setup prototype production test test-all check format bench docs llama cloud test-cloud clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +77,23 @@ docs: $(DOCS) ## write docs/configuration.md from the config models, and build t
 
 $(DOCS): $(STAMP)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+llama: $(LLAMA) ## compile llama.cpp, which then checks GGUF exports and runs them in the tests (minutes)
+
+# The package for Python comes without its library: of its sources only that is compiled, without images, sound, servers
+# and tools, and without the slow passes of the compiler, for its own code only lays graphs out.
+$(LLAMA): $(STAMP)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt cmake diskcache ninja
+	@$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_DIR) llama-cpp-python==$(LLAMA_VERSION)
+	@tar -xzf $(LLAMA_SOURCE).tar.gz -C $(LLAMA_DIR)
+	@$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S $(LLAMA_SOURCE) \
+	  -B $(LLAMA_DIR)/build $(LLAMA_FLAGS) > $(LLAMA_DIR)/log
+	@$(BIN)/cmake --build $(LLAMA_DIR)/build --target llama >> $(LLAMA_DIR)/log || { tail -40 $(LLAMA_DIR)/log; exit 1; }
+	@CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --quiet --no-deps --no-cache-dir $(LLAMA_SOURCE).tar.gz
+	@lib="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llama_cpp/lib" && \
+	  mkdir -p "$$lib" && cp -P $(LLAMA_DIR)/build/bin/*.so* "$$lib"
+	@$(BIN)/python -c 'import llama_cpp'
 	@touch $@
 
 cloud: $(VENV)/aws/.installed $(VENV)/gcp/.installed ## make .venv/aws and .venv/gcp, for SageMaker and Vertex AI

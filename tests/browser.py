@@ -36,7 +36,7 @@ class Browser:
     """
 
     def __init__(self, profile: Path) -> None:
-        assert EXECUTABLE is not None
+        assert EXECUTABLE is not None, "there is no chromium: apt-get install chromium"
         # The browser reads commands from descriptor 3 and answers on 4; ours must lie above both until then.
         command_read, self._commands = (_raised(end) for end in os.pipe())
         self._answers, answer_write = (_raised(end) for end in os.pipe())

@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -95,10 +96,13 @@ def test_plan_refuses_the_format_before_anything_is_trained():
     assert plan["rlhf"].config.export.formats == ["huggingface"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python (make llama)")
 @pytest.mark.parametrize("overrides", [[], MIXTURE], ids=["dense", "experts"])
 @torch.no_grad()
 def test_llama_cpp_computes_the_models_logits(make_run, tmp_path, overrides):
-    llama_cpp = pytest.importorskip("llama_cpp")
+    import llama_cpp
+
     folder = make_run("run", overrides=[*overrides, "model.initializer_range=0.2"])
     model = load_model(folder).eval()
     write_gguf(folder, model.config, tmp_path / "model.gguf")

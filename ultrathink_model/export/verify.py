@@ -56,7 +56,9 @@ class Expected(NamedTuple):
 def expect(model: Transformer, held_out: Int[Tensor, "rows longer"] | None = None) -> Expected:
     """Has the model itself read the probe, and the held-out rows where there are any."""
     model.eval()
-    tokens = torch.arange(PROBE_TOKENS).remainder(model.config.model.vocab_size).unsqueeze(0)
+    shape = model.config.model
+    # llama.cpp reads no more than the model's length.
+    tokens = torch.arange(min(PROBE_TOKENS, shape.max_seq_length)).remainder(shape.vocab_size).unsqueeze(0)
     logits = model(tokens).logits
     if held_out is None:
         return Expected(tokens, logits)
