@@ -106,7 +106,7 @@ $(VENV)/%/.installed: $(STAMP) constraints-%.txt
 
 test-cloud: cloud ## the production workflow through SageMaker and Vertex AI, on loopback (slow)
 	$(VENV)/aws/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_sagemaker.py tests/cloud/test_manifests.py
-	$(VENV)/gcp/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_vertex.py
+	$(VENV)/gcp/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_vertex.py tests/cloud/test_vertex_pipeline.py
 
 clean: ## remove what the checks and the build left (outputs stay)
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
