@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -124,6 +125,18 @@ def test_processes_that_prepare_the_same_data_at_once_all_succeed(config, tmp_pa
     assert [process.returncode for process in running] == [0, 0], outputs
     assert len({output for output, _ in outputs}) == 1
     assert left_in(config) == [load_manifest(outputs[0][0].decode().strip()).fingerprint]
+
+
+def test_what_is_written_does_not_depend_on_the_number_of_threads(config, tmp_path):
+    alone = override_config(config, [f"data.cache_dir={tmp_path / 'alone'}"])
+    save_config(alone, tmp_path / "config.yaml")
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "config.yaml")]
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    by_one, by_all = prepare_data(alone), prepare_data(config)
+    names = sorted(path.relative_to(by_all.path) for path in by_all.path.rglob("*") if path.is_file())
+    assert names
+    assert all((by_one.path / name).read_bytes() == (by_all.path / name).read_bytes() for name in names)
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(config, tmp_path):
