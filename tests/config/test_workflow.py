@@ -63,7 +63,7 @@ def test_prototype_checks_on_dummy_data_whatever_the_run_trains_on():
 def test_a_multimodal_prototype_mixes_digits_into_the_built_in_text():
     on = ["advanced.enable_multimodal=true"]
     plan = plan_workflow("prototype", "tiny", overrides=on)
-    assert plan["pretrain"].config.data.mix_datasets == "sotu:0.5,digits:0.5"
+    assert plan["pretrain"].config.data.mix_datasets == "sotu:0.25,digits:0.75"
     assert "sotu has neither images nor sound, so `digits` is mixed in" in plan.reason
     assert plan["check"].config.data.mix_datasets is None
     for own in ("data.dataset=wikitext", "data.mix_datasets=sotu:0.3,dummy:0.7"):
