@@ -209,3 +209,16 @@ def test_the_estimator_submits_train_advanced_and_its_command_trains(aws, tmp_pa
     done = subprocess.run(command, cwd=tmp_path / "code", capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert objects("runs/sagemaker/")["final_model/model.safetensors"] > 0
+
+
+def test_a_schedule_is_one_of_eventbridges(submitted):
+    environment, _, _, folder = submitted
+    arguments = ["--workflow", "production", "--config", str(write_config(folder)), "--stack", "sagemaker"]
+    arguments += ["--run-settings", str(folder / "settings.yaml"), "--schedule", "0 3 * * 0"]
+    run_cli(arguments, environment, folder)
+    api = boto3.client("scheduler")
+    (summary,) = api.list_schedules()["Schedules"]
+    schedule = api.get_schedule(Name=summary["Name"])
+    assert schedule["ScheduleExpression"] == "cron(0 3 ? * SUN *)"
+    assert schedule["State"] == "ENABLED"
+    assert ":sagemaker:" in schedule["Target"]["Arn"]
