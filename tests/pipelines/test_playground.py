@@ -61,13 +61,15 @@ def deployment(workspace):
         Client().delete_deployment("again", timeout=60)
 
 
-def wait_for_run():
-    """The prototype's run, once ZenML has it running."""
+def wait_for_run(deployment):
+    """The run of a deployment, once ZenML has it running; other tests leave runs that a kill cut off."""
     deadline = time.monotonic() + 60
-    while not (runs := running_runs("prototype_pipeline")):
+    while True:
+        for run in running_runs("prototype_pipeline"):
+            if run.trigger_info is not None and run.trigger_info.deployment_id == deployment.id:
+                return run
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    return runs[0]
 
 
 def test_the_playground_runs_the_workflow_again(dashboard, deployment, workspace, tmp_path, capsys):
@@ -77,7 +79,7 @@ def test_the_playground_runs_the_workflow_again(dashboard, deployment, workspace
         browser.press("Playground")
         browser.press("Run")
         browser.wait_for("document.body.innerText.includes('Invoking Endpoint')")
-        run = wait_for_run()
+        run = wait_for_run(deployment)
         # A deployment's run holds no lock; it is not taken for one that a kill left.
         assert not is_abandoned(run)
         browser.wait_for("document.body.innerText.includes('Run Details')", seconds=400)

@@ -116,7 +116,9 @@ def test_the_bare_command_takes_the_settings_of_its_stack_and_a_yaml_file_wins_o
     from pipelines.start import as_command
 
     stack = Client().active_stack_model.name
-    (tmp_path / f"{stack}.yaml").write_text("{defaults: {retries: 2}, steps: {export: {retries: 5}}}")
+    (tmp_path / f"{stack.removeprefix('ultrathink_')}.yaml").write_text(
+        "{defaults: {retries: 2}, steps: {export: {retries: 5}}}"
+    )
     monkeypatch.setattr("pipelines.run_settings.FOLDER", tmp_path)
     file = {
         "parameters": {"config": "small.yaml", "overrides": ["output.output_dir=settled"]},
@@ -124,6 +126,7 @@ def test_the_bare_command_takes_the_settings_of_its_stack_and_a_yaml_file_wins_o
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
     pipeline = as_command(prototype_pipeline.copy()).with_options(config_path=str(tmp_path / "run.yaml"))
+    pipeline.prepare()  # another test of this process may have, with other settings
     snapshot = pipeline.create_snapshot("settled")
     retries = {name: step.config.retry.max_retries for name, step in snapshot.step_configurations.items()}
     assert retries.pop("export") == 5
