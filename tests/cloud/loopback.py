@@ -10,10 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import yaml
 from services import free_port, service
 
 ROOT = Path(__file__).resolve().parents[2]
+
+MARKS = [
+    pytest.mark.slow,
+    # The SDKs of the clouds and ZenML use what is deprecated.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+"""Of every test of a cloud."""
 
 VALUES = {
     "model": {

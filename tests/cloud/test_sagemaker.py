@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from loopback import ROOT, Machine, run_cli, stop_after, write_config, zenml_server
+from loopback import MARKS, ROOT, Machine, run_cli, stop_after, write_config, zenml_server
 from services import free_port, service
 
 from ultrathink_model.workflow import WORKFLOWS
@@ -20,13 +20,7 @@ boto3 = pytest.importorskip("boto3", reason="needs .venv/aws (make test-cloud)")
 pytest.importorskip("sagemaker", reason="needs .venv/aws (make test-cloud)")
 pytest.importorskip("moto", reason="needs .venv/aws (make test-cloud)")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(3000),
-    # The SDKs of the clouds and ZenML use what is deprecated.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = [*MARKS, pytest.mark.timeout(3000)]
 
 REGION, ACCOUNT, BUCKET = "eu-central-1", "123456789012", "models"
 IMAGE = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/ultrathink:test"

@@ -10,19 +10,16 @@ import sys
 import urllib.request
 
 import pytest
-from loopback import ROOT, Machine
+from loopback import MARKS, ROOT, Machine
 from vertex_service import cloud_storage
 
 aiplatform = pytest.importorskip("google.cloud.aiplatform", reason="needs .venv/gcp (make test-cloud)")
 pytest.importorskip("gcp_storage_emulator", reason="needs .venv/gcp (make test-cloud)")
 
 pytestmark = [
-    pytest.mark.slow,
+    *MARKS,
     pytest.mark.timeout(1800),
-    # The SDKs of the clouds use what is deprecated.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from loopback import ROOT, Machine, clean_environment, run_cli, write_config, zenml_server
+from loopback import MARKS, ROOT, Machine, clean_environment, run_cli, write_config, zenml_server
 from vertex_service import cloud_storage, vertex_service, write_service_account
 
 from ultrathink_model.workflow import WORKFLOWS
@@ -19,13 +19,7 @@ from ultrathink_model.workflow import WORKFLOWS
 pytest.importorskip("google.cloud.aiplatform", reason="needs .venv/gcp (make test-cloud)")
 pytest.importorskip("gcp_storage_emulator", reason="needs .venv/gcp (make test-cloud)")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-    # The SDKs of the clouds and ZenML use what is deprecated.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = [*MARKS, pytest.mark.timeout(3600)]
 
 PROJECT, LOCATION, BUCKET, REPOSITORY = "my-project", "europe-west4", "models", "images"
 IMAGE = f"{LOCATION}-docker.pkg.dev/{PROJECT}/{REPOSITORY}/ultrathink:test"
