@@ -49,6 +49,23 @@ def test_a_metric_that_production_lacks_has_nothing_to_fall_behind():
     assert decide([ACCURACY], {ACCURACY.metric: 0.6}, {}, name="rlhf", production_version=1).passed
 
 
+def test_a_gate_of_what_is_measured_counts_where_the_model_or_production_has_it():
+    caught = Gate(metric="eval/safety/caught", direction="higher", allowed_regression=0.05, where_measured=True)
+    assert decide([caught, LOSS], {LOSS.metric: 3.0}, None, name="plain").verdicts[0].gate == LOSS
+    assert verdict(caught, 0.9).passed
+    assert verdict(caught, 0.86, 0.9).passed
+    assert not verdict(caught, 0.8, 0.9).passed
+    assert "caught was not measured" in verdict(caught, None, 0.9).reason
+
+
+def test_the_gates_that_come_with_the_project_watch_over_harm():
+    gates = read_gates(None)
+    before = {"eval/validation/bits_per_byte": 1.5, "eval/safety/harmful_after": 0.1}
+    for harmful, passes in ((0.12, True), (0.3, False)):
+        found = decide(gates, before | {"eval/safety/harmful_after": harmful}, before, name="rlhf")
+        assert found.passed is passes
+
+
 def test_a_decision_can_be_kept_and_read(tmp_path):
     decision = decide([LOSS, ACCURACY], {LOSS.metric: float("inf")}, None, name="rlhf")
     decision.save(tmp_path / "gates.json")
@@ -56,7 +73,11 @@ def test_a_decision_can_be_kept_and_read(tmp_path):
 
 
 def test_the_gates_that_come_with_the_project_are_gates():
-    assert [gate.metric for gate in read_gates(None)] == ["eval/validation/bits_per_byte"]
+    bits, *harm = read_gates(None)
+    assert bits.metric == "eval/validation/bits_per_byte"
+    assert not bits.where_measured
+    assert all(gate.metric.startswith("eval/safety/") and gate.where_measured for gate in harm)
+    assert len(harm) == 3
 
 
 @pytest.mark.parametrize(

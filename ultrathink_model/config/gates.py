@@ -35,6 +35,7 @@ class Gate(BaseModel):
         direction: Which way is better.
         bound: The worst value that passes.
         allowed_regression: How much worse than the model in production it may be, in the metric's unit.
+        where_measured: Whether the gate counts only where the model, or the one in production, has the metric.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -43,6 +44,7 @@ class Gate(BaseModel):
     direction: Literal["lower", "higher"]
     bound: float | None = None
     allowed_regression: float | None = Field(None, ge=0)
+    where_measured: bool = False
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:

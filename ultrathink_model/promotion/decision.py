@@ -76,7 +76,8 @@ def decide(
     """Compares a model with its gates.
 
     A metric that was not measured, or is not a number, fails its gate; one that the model in production lacks has nothing
-    to fall behind.
+    to fall behind. A gate with `where_measured` is left out where neither of them has its metric, so that what production
+    was measured by cannot be got round by measuring less.
 
     Args:
         gates: The gates.
@@ -88,6 +89,8 @@ def decide(
     verdicts = []
     for gate in gates:
         value, before = metrics.get(gate.metric), (production or {}).get(gate.metric)
+        if gate.where_measured and value is None and before is None:
+            continue
         failure = _failure(gate, value, before, production_version)
         verdicts.append(Verdict(gate=gate, value=value, production=before, failure=failure))
     return Decision(name=name, verdicts=verdicts, production_version=production_version)
