@@ -55,7 +55,8 @@ def test_a_gate_of_what_is_measured_counts_where_the_model_or_production_has_it(
     assert verdict(caught, 0.9).passed
     assert verdict(caught, 0.86, 0.9).passed
     assert not verdict(caught, 0.8, 0.9).passed
-    assert "caught was not measured" in verdict(caught, None, 0.9).reason
+    reason = decide([caught], {}, {caught.metric: 0.9}, name="rlhf", production_version=3).reason
+    assert "caught was not measured, and was 0.9 of version 3 in production" in reason
 
 
 def test_the_gates_that_come_with_the_project_watch_over_harm():

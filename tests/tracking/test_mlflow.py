@@ -311,3 +311,15 @@ def test_password_in_an_address_reaches_neither_params_nor_artifacts(config):
     assert config_params(secret)["rlhf.response_tokens"] != "***"
     assert "hunter2" not in redacted_config(secret)
     assert "hunter2" not in MlflowStore(secret.logging).safe_uri
+
+
+def test_a_store_named_relative_to_the_folder_is_that_folders(config, tmp_path, empty_database, monkeypatch):
+    relative = override_config(config, ["logging.mlflow_tracking_uri=sqlite:///mlflow.db"]).logging
+    ids = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        shutil.copy(empty_database, tmp_path / name / "mlflow.db")
+        monkeypatch.chdir(tmp_path / name)
+        store = MlflowStore(relative)
+        ids.append(store.client.create_experiment("only here and there"))
+    assert ids[0] == ids[1]  # each is the first of its store; in one store the second would be refused

@@ -97,8 +97,11 @@ def decide(
 
 
 def _failure(gate: Gate, value: float | None, before: float | None, version: int | None) -> str:
-    if value is None or math.isnan(value):
-        return f"{gate.metric} was not measured" if value is None else f"{gate.metric} is not a number"
+    if value is None:
+        beside = "" if before is None else f", and was {before:.6g} of version {version} in production"
+        return f"{gate.metric} was not measured{beside}"
+    if math.isnan(value):
+        return f"{gate.metric} is not a number"
     sign = 1 if gate.direction == "lower" else -1
     word = "above" if gate.direction == "lower" else "below"
     if gate.bound is not None and sign * value > sign * gate.bound:

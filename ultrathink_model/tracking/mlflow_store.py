@@ -19,6 +19,7 @@ METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+SQLITE = "sqlite:///"
 CREDENTIALS = re.compile(r"://[^/@\s]+@")
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key|credentials?)$")
 
@@ -56,7 +57,7 @@ class MlflowStore:
             from mlflow import MlflowClient  # noqa: PLC0415 - seconds long, and not needed by every run
 
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-            self._client = MlflowClient(tracking_uri=self._config.mlflow_tracking_uri)
+            self._client = MlflowClient(tracking_uri=_anchored(self._config.mlflow_tracking_uri))
         return self._client
 
     def experiment_id(self) -> str:
@@ -135,6 +136,17 @@ class MlflowStore:
         folder = re.sub(r"[^\w.-]+", "_", self._config.experiment_name)
         root = self._config.mlflow_artifact_dir
         return f"{root}/{folder}" if "://" in root else (Path(root).resolve() / folder).as_uri()
+
+
+def _anchored(uri: str) -> str:
+    """The address with a SQLite file's path made whole.
+
+    For one address MLflow keeps the same connections as long as the process lives, also once that is in another folder.
+    """
+    path = uri.removeprefix(SQLITE)
+    if path == uri or path in ("", ":memory:"):
+        return uri
+    return SQLITE + str(Path(path).absolute())
 
 
 def attempt(action: Callable[[], Any]) -> Exception | None:
