@@ -14,6 +14,8 @@ LLAMA_SOURCE := $(LLAMA_DIR)/llama_cpp_python-$(LLAMA_VERSION)
 LLAMA_FLAGS := -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG' -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF \
   -DSKBUILD_PLATLIB_DIR=unused
 PEERS := $(VENV)/peers/.installed
+# Tests of one file share what takes long to make, so a file stays in one process.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 UV_VERSION := 0.13.9
 
 # uv does not read pip's list of local wheel folders: hand it over where it is set.
@@ -49,10 +51,10 @@ production: $(STAMP) ## set up, then baseline -> experts and reasoning -> RLHF -
 	$(BIN)/python run.py --workflow production
 
 test: $(STAMP) ## set up, then the tests (under 15 minutes)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(STAMP) ## the slow tests too
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 check: $(STAMP) ## lint, format, types, direction of imports
 	$(BIN)/ruff check .

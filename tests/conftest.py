@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import jaxtyping
@@ -24,6 +25,10 @@ CHECKS_SHAPES = os.environ.get("ULTRATHINK_CHECK_SHAPES", "1") == "1"
 if CHECKS_SHAPES:
     install_import_hook([f"ultrathink_model.models.{module}" for module in CHECKED], "beartype.beartype")
     jaxtyping.config.update("jaxtyping_disable", True)
+
+# ZenML asks where the main module lies, which in a process of pytest-xdist is nowhere.
+if not hasattr(sys.modules["__main__"], "__file__"):
+    sys.modules["__main__"].__file__ = pytest.__file__
 
 TINY_VALUES = {
     "model": {

@@ -14,6 +14,8 @@ from ultrathink_model.models.hf import load_model
 from ultrathink_model.training.guard import TrainingDivergedError
 
 GOOD, BAD = 40, 41
+# Enough for the pairs below to be learnt whole, from whatever weights a machine's arithmetic has led to.
+THOROUGH = ["rlhf.reward_epochs=8", "rlhf.reward_learning_rate=1e-2"]
 
 
 def pairs_by_token(count: int, first_prompt: int) -> list[TokenPair]:
@@ -39,7 +41,7 @@ def fit(config, folder, split, overrides=()):
 
 @pytest.mark.parametrize("folder", ["dense_folder", "routed_folder"])
 def test_learns_what_is_preferred_on_prompts_never_seen(base_config, split, folder, request):
-    model, losses = fit(base_config, request.getfixturevalue(folder), split, ["rlhf.reward_epochs=4"])
+    model, losses = fit(base_config, request.getfixturevalue(folder), split, THOROUGH)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # the head starts at zero: ln 2
     assert model.record.accuracy == 1
     assert model.record.loss < 0.5  # ln 2 is chance
@@ -192,14 +194,13 @@ def test_each_pair_or_each_prompt_counts_alike():
 def test_weightless_pairs_teach_nothing(base_config, dense_folder, split):
     contrary = [TokenPair(pair.prompt, pair.rejected, pair.chosen, weight=0) for pair in split.train]
     mixed = PairSplit([*split.train, *contrary], split.held_out)
-    model, _ = fit(base_config, dense_folder, mixed, ["rlhf.reward_epochs=4"])
+    model, _ = fit(base_config, dense_folder, mixed, THOROUGH)
     assert model.record.accuracy == 1
 
 
 def test_margins_push_the_sides_apart(base_config, dense_folder, split):
     wide = PairSplit([dataclasses.replace(pair, margin=4.0) for pair in split.train], split.held_out)
-    overrides = ["rlhf.reward_epochs=6"]
-    plain, pushed = (fit(base_config, dense_folder, pairs, overrides)[0].record for pairs in (split, wide))
+    plain, pushed = (fit(base_config, dense_folder, pairs, THOROUGH)[0].record for pairs in (split, wide))
     assert pushed.loss < plain.loss
 
 
@@ -212,7 +213,7 @@ def test_reward_weighting_reaches_the_loss(base_config, dense_folder, split):
 
 
 def test_record_tells_accuracy_by_prompt_and_calibration(base_config, dense_folder, split):
-    record = fit(base_config, dense_folder, split, ["rlhf.reward_epochs=4"])[0].record
+    record = fit(base_config, dense_folder, split, THOROUGH)[0].record
     assert record.prompt_accuracy == 1
     # All pairs are ranked right: what is claimed falls short of that by the error.
     assert 0 < record.calibration_error < 0.5

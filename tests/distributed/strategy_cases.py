@@ -36,6 +36,8 @@ BASE = make_config(
 )
 
 TOLERANCE = 1e-6
+# AdamW divides a gradient by its own size: of a weight that hardly has one, the rounding is a part of each step (1e-3).
+WEIGHT_TOLERANCE = 1e-5
 STEPS = 6
 
 ROUTED = ["advanced.enable_moe=true", "advanced.enable_dre=true", "moe.layer_frequency=2", "model.tie_embeddings=false"]
@@ -133,4 +135,4 @@ def assert_trains_alike(run, reference):
     assert max(run["norms"]) > 0.5, "nothing was clipped"
     assert run["weights"].keys() == reference["weights"].keys()
     for key, weight in reference["weights"].items():
-        assert (run["weights"][key] - weight).abs().max() < TOLERANCE, key
+        assert (run["weights"][key] - weight).abs().max() < WEIGHT_TOLERANCE, key

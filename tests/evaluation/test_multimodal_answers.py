@@ -42,9 +42,9 @@ def learnt(tmp_path_factory):
     manifest = prepare_data(config)
     torch.manual_seed(0)
     model = build_model(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     steps = iter(TrainLoader(manifest, config))
-    for _ in range(200):
+    for _ in range(300):
         (batch,) = next(steps)
         output = model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids, media=batch.media)
         optimizer.zero_grad()
