@@ -80,3 +80,13 @@ def test_steps_that_go_on_are_left_alone(watched):
             own.note("a forward pass")
         time.sleep(0.01)
     assert verdicts == []
+
+
+def test_an_exchange_that_breaks_since_another_rank_has_judged_leaves_this_one_its_verdict(watched):
+    watches, verdicts = watched
+    for own in watches:
+        own.note("a forward pass")
+    time.sleep(0.25)  # past the limit, and within the last words
+    for own in watches:
+        own.close()
+    assert len([verdict for verdict in verdicts if "after it began a forward pass" in str(verdict)]) == 2

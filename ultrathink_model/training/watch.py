@@ -74,7 +74,7 @@ class RankWatch:
         self._limit = config.distributed.hang_seconds
         self._count, self._part, self._noted = 0, "", 0.0
         self._longest, self._steps = 0.0, 0
-        self._is_over = threading.Event()
+        self._is_over, self._last_words = threading.Event(), threading.Lock()
         self._main = threading.get_ident()
         if self._limit is None or context.world_size == 1:
             return
@@ -96,8 +96,12 @@ class RankWatch:
         self._part = ""
 
     def close(self) -> None:
-        """Ends the watching."""
-        self._is_over.set()
+        """Ends the watching, once what has been begun to be said is said.
+
+        When the first rank that judges ends, exchanges with it break on the others: what they end of is the hang.
+        """
+        with self._last_words:
+            self._is_over.set()
 
     @property
     def _own_file(self) -> Path:
@@ -114,12 +118,12 @@ class RankWatch:
                 # A rank that is well says so again; one that has since stopped altogether does not.
                 if not other.is_still:
                     _file_of(self._folder, rank).unlink(missing_ok=True)
-            self._speak(is_still=True)
-            if self._is_over.wait(LAST_WORDS_SECONDS):
-                return
-            if self._stands_still(count, limit):
-                self._judge(time.monotonic() - self._noted)
-            self._own_file.unlink(missing_ok=True)
+            with self._last_words:
+                self._speak(is_still=True)
+                time.sleep(LAST_WORDS_SECONDS)
+                if self._stands_still(count, limit):
+                    self._judge(time.monotonic() - self._noted)
+                self._own_file.unlink(missing_ok=True)
 
     def _stands_still(self, count: int, limit: float) -> bool:
         is_within_step = bool(self._part) and self._steps >= UNWATCHED_STEPS
