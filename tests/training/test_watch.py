@@ -89,4 +89,4 @@ def test_an_exchange_that_breaks_since_another_rank_has_judged_leaves_this_one_i
     time.sleep(0.25)  # past the limit, and within the last words
     for own in watches:
         own.close()
-    assert len([verdict for verdict in verdicts if "after it began a forward pass" in str(verdict)]) == 2
+    assert len([verdict for verdict in verdicts if "have waited" in str(verdict)]) == 2
