@@ -25,7 +25,7 @@ endif
 # DeepSpeed compiles its kernels when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup prototype production test test-all check format bench docs llama cloud test-cloud clean
+.PHONY: help setup prototype production test test-all check format bench docs llama cloud test-cloud test-aws test-gcp clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -106,8 +106,12 @@ $(VENV)/%/.installed: $(STAMP) constraints-%.txt
 	@$(BIN)/uv pip install --quiet --python $(VENV)/$*/bin/python --constraint constraints-$*.txt --editable '.[$*,cloud-test]'
 	@touch $@
 
-test-cloud: cloud ## the production workflow through SageMaker and Vertex AI, on loopback (slow)
+test-cloud: test-aws test-gcp ## the production workflow through SageMaker and Vertex AI, on loopback (slow; -j2: both at once)
+
+test-aws: $(VENV)/aws/.installed
 	$(VENV)/aws/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_sagemaker.py tests/cloud/test_manifests.py
+
+test-gcp: $(VENV)/gcp/.installed
 	$(VENV)/gcp/bin/python -m pytest -m 'slow or not slow' tests/cloud/test_vertex.py tests/cloud/test_vertex_pipeline.py
 
 clean: ## remove what the checks and the build left (outputs stay)

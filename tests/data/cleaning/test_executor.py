@@ -97,8 +97,7 @@ def test_a_ray_cluster_that_is_not_there_is_told(prepare, speeches, monkeypatch)
 def test_ray_with_two_workers_gives_byte_for_byte_what_the_local_executor_gives(prepare, copies, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setattr(extract, "TASK_CHARACTERS", 150_000)
-    # Every job starts a process; these parts have jobs of each kind.
-    parts = ("cleaning.repair=true", "cleaning.minhash_dedup=true")
+    parts = [f"cleaning.{part}=true" for part in ("repair", "mask_pii", "exact_dedup", "minhash_dedup")]
     local, _ = prepare(copies, *parts)
     spread = ("data.executor=ray", "data.executor_workers=2", f"data.cache_dir={tmp_path / 'ray'}")
     ray, _ = prepare(copies, *parts, *spread)

@@ -20,6 +20,7 @@ from datatrove.executor import ray as ray_executor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
+from datatrove.utils.stats import PipelineStats
 
 from ultrathink_model.config.data import DataConfig
 from ultrathink_model.errors import DataError, DependencyError
@@ -144,6 +145,19 @@ class _RayTaskManager(ray_executor.RayTaskManager):
         return started
 
 
+class _RankWorker(ray_executor.RankWorker):
+    """datatrove's, which does its ranks in turn: forked beside Ray's threads, as datatrove does, some never ended."""
+
+    def run_for_rank(
+        self, executor_ref: ray_executor.RayPipelineExecutor, ranks: list[int], node_ips: list[str], node_idx: int
+    ) -> PipelineStats:
+        os.environ |= {"RAY_NODELIST": ",".join(node_ips), "RAY_NODEID": str(node_idx)}
+        for rank in ranks:
+            # The first task of all, 0, shows everything on the terminal.
+            executor_ref._run_for_rank(rank, 1)
+        return PipelineStats()
+
+
 def _pass_on_error(started: Future[Any], thread: Future[Any]) -> None:
     if not thread.cancelled() and (error := thread.exception()) is not None:
         logger.error("data.executor=ray: a job could not be started: %s: %s", type(error).__name__, error)
@@ -151,6 +165,7 @@ def _pass_on_error(started: Future[Any], thread: Future[Any]) -> None:
 
 
 ray_executor.RayTaskManager = _RayTaskManager
+ray_executor.RankWorker = _RankWorker
 
 _EXECUTORS = {"local": _local, "ray": _on_ray, "slurm": _on_slurm}
 
