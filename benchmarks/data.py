@@ -173,7 +173,8 @@ def measure_loader(arguments: argparse.Namespace) -> None:
             for step in steps[: ROUNDS + 1]:
                 start = time.perf_counter()
                 for batch in step:
-                    model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids).loss.backward()
+                    output = model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)
+                    (output.loss_sum / batch.num_tokens).backward()
                 model.zero_grad()
                 times.append(time.perf_counter() - start)
             working = min(times[1:])

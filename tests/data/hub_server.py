@@ -1,6 +1,7 @@
 """A Hugging Face hub on this machine: as much of its HTTP interface as reading datasets takes.
 
 Started as `python hub_server.py FOLDER`, where FOLDER/<owner>/<name>/ holds each dataset's files; prints its address.
+The names of the files whose bytes were asked for are added to FOLDER.log.
 """
 
 import hashlib
@@ -68,6 +69,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         data = file.read_bytes()
+        if self.command == "GET":
+            with ROOT.with_suffix(".log").open("a") as log:
+                log.write(f"{file.name}\n")
         headers = {"ETag": f'"{oid(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if span:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 SILENT_HUB = "http://127.0.0.1:9"  # nothing listens there
 ARTICLES = 30
+FILES = 8
 CARD = """---
 configs:
 - config_name: wikitext-2-raw-v1
@@ -47,9 +49,15 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """The address of a hub with a dataset of wikitext's name and shape, and one with another column and one split."""
-    root = tmp_path_factory.mktemp("hub")
+def hub_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def hub(hub_folder):
+    """The address of a hub with a dataset of wikitext's name and shape, one of several files, and one with another column
+    and one split."""
+    root = hub_folder
     wikitext = root / "Salesforce" / "wikitext"
     (wikitext / "wikitext-2-raw-v1").mkdir(parents=True)
     (wikitext / "README.md").write_text(CARD)
@@ -63,6 +71,11 @@ def hub(tmp_path_factory):
     (wikitext / "short").mkdir()
     lines = [line for n in range(12) for line in (f" = short {n} = \n", f" a short text {n} \n" * 9)]
     pq.write_table(pa.table({"text": lines}), wikitext / "short" / "train-00000.parquet")
+    texts = root / "long" / "texts"
+    texts.mkdir(parents=True)
+    for file in range(FILES):
+        rows = [{"text": f"text {n} of file {file} " * (n + 1) if n != 5 else ""} for n in range(10)]
+        (texts / f"train-{file:05d}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (root / "some" / "bodies").mkdir(parents=True)
     (root / "some" / "bodies" / "train.jsonl").write_text("".join(f'{{"body": "text {n}"}}\n' for n in range(20)))
     server = subprocess.Popen(
@@ -72,6 +85,52 @@ def hub(tmp_path_factory):
     server.kill()
     server.wait()
     server.stdout.close()
+
+
+# Streams a dataset in small batches, and is killed once so many notes were taken; says where the data are.
+STREAM = """
+import json, os, signal, sys
+from ultrathink_model.config import make_config
+from ultrathink_model.data import hub, prepare_data, tokenize
+tokenize.BATCH_CHARACTERS, tokenize.NOTED_CHARACTERS, hub.STATE_ROWS = 300, 600, 4
+write, notes = tokenize._write_record, []
+def write_and_die(record, values):
+    write(record, values)
+    notes.append(record)
+    if len(notes) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+tokenize._write_record = write_and_die
+base = {"model": {"vocab_size": 300, "max_seq_length": 32}, "data": {"tokenizer_name": "train", "streaming": True}}
+print(prepare_data(make_config(base, json.loads(sys.argv[2]))).path)
+"""
+
+
+def stream(endpoint, home, kill_after, *overrides):
+    """Runs `STREAM` and gives how it ended."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", STREAM, str(kill_after), json.dumps(overrides)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("bounds", [(), ("data.train_samples=60",)])
+def test_a_stream_that_was_cut_short_goes_on_from_the_file_that_it_had_come_to(hub, hub_folder, tmp_path, bounds):
+    overrides = ["data.dataset=long/texts", "data.max_quarantine_fraction=0.2", *bounds]
+    whole = stream(hub, tmp_path, -1, *overrides, f"data.cache_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    cut = (*overrides, f"data.cache_dir={tmp_path / 'cut'}")
+    assert stream(hub, tmp_path, 6, *cut).returncode == -signal.SIGKILL
+    asked = hub_folder.with_suffix(".log")
+    asked.unlink()
+    again = stream(hub, tmp_path, -1, *cut)
+    assert again.returncode == 0, again.stderr
+    read = {name for name in asked.read_text().split() if name.endswith(".jsonl")}
+    assert f"train-{FILES - 1:05d}.jsonl" in read
+    assert "train-00001.jsonl" not in read  # the first is asked for the data set's columns
+    assert files_of(Path(again.stdout.strip())) == files_of(Path(whole.stdout.strip()))
 
 
 def run(endpoint, home, *requests):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ultrathink_model.config import override_config, save_config
-from ultrathink_model.data import Tokenizer, load_manifest, prepare_data
+from ultrathink_model.data import Tokenizer, load_manifest, prepare_data, tokenize
 from ultrathink_model.data.shards import TokenStream
 from ultrathink_model.errors import ConfigError, DataError, TokenizerError
 
@@ -260,13 +260,13 @@ import os, signal, sys
 from ultrathink_model.config import load_config
 from ultrathink_model.data import build, prepare_data, tokenize
 tokenize.BATCH_CHARACTERS, tokenize.NOTED_CHARACTERS = 200, 300
-write, noted = tokenize._write_progress, []
-def write_and_die(record, progress):
-    write(record, progress)
-    noted.append(progress.documents)
+write, noted = tokenize._write_record, []
+def write_and_die(record, values):
+    write(record, values)
+    noted.append(record)
     if len(noted) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-tokenize._write_progress = write_and_die
+tokenize._write_record = write_and_die
 prepare_data(load_config(sys.argv[1]))
 """
 
@@ -297,6 +297,33 @@ def test_a_killed_preparation_goes_on_where_it_stopped_and_gives_the_same_files(
     names = sorted(path.relative_to(whole.path) for path in whole.path.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(cut.path) for path in cut.path.rglob("*") if path.is_file())
     assert all((cut.path / name).read_bytes() == (whole.path / name).read_bytes() for name in names)
+
+
+def test_a_source_that_was_finished_is_not_read_again(config, corpus, tmp_path, monkeypatch):
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("document", "other"))
+    config = override_config(config, [f"data.mix_datasets={corpus}:0.5,{other}:0.5"])
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 200)
+    monkeypatch.setattr(tokenize, "NOTED_CHARACTERS", 300)
+    write = tokenize._write_record
+
+    def write_until_the_second(record, values):
+        write(record, values)
+        if record.name == "progress_01.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenize, "_write_record", write_until_the_second)
+        prepare_data(config)
+    encoded = []
+    encode = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    manifest = prepare_data(config)
+    assert encoded
+    assert all(text.startswith("other") for text in encoded)
+    whole = prepare_data(override_config(config, [f"data.cache_dir={tmp_path / 'whole'}"]))
+    assert manifest.model_copy(update={"path": whole.path}) == whole
+    assert (manifest.path / "dataset_card.md").read_bytes() == (whole.path / "dataset_card.md").read_bytes()
 
 
 def test_what_another_version_left_half_built_is_not_gone_on_with(config, caplog):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ultrathink_model import __version__
 from ultrathink_model.config import Config
-from ultrathink_model.data.card import Notes, write_card
+from ultrathink_model.data.card import Sample, write_card
 from ultrathink_model.data.hub import HubSource
 from ultrathink_model.data.intake import SPLITS, Intake
 from ultrathink_model.data.manifest import (
@@ -99,7 +99,7 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
         if config.advanced.enable_multimodal
         else nullcontext() as media
     ):
-        manifest, notes = _write_sources(config, ingredients, fingerprint, part, media)
+        manifest, samples = _write_sources(config, ingredients, fingerprint, part, media)
     if parts:
         # Bad rows were left out before cleaning.
         taken = [{"rows": source.rows, "quarantined": source.quarantined} for source in extracted]
@@ -107,8 +107,10 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
         quarantined = sum(info.quarantined for info in sources)
         manifest = manifest.model_copy(update={"sources": sources, "quarantined": quarantined, "cleaning": parts})
     _collect_quarantine(manifest, part)
-    write_card(manifest, notes, part)
+    write_card(manifest, samples, part)
     save_manifest(manifest, part)
+    for record in part.glob("source_*.json"):
+        record.unlink()
     shutil.rmtree(part / "cleaning", ignore_errors=True)
     size = sum(split.bytes for split in manifest.splits.values()) / 1e6
     seconds = time.monotonic() - started
@@ -117,17 +119,15 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
 
 def _write_sources(
     config: Config, ingredients: list[Ingredient], fingerprint: str, part: Path, media: MediaWriter | None
-) -> tuple[DataManifest, list[Notes]]:
-    """Writes the tokenizer, the shards and the media store, and says what they are."""
+) -> tuple[DataManifest, list[Sample]]:
+    """Writes the tokenizer, the shards and the media store, and says what they are; with samples of each source."""
     tokenizer = _settle_tokenizer(config, ingredients, part, media)
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    infos, notes = [], []
-    for number, ingredient in enumerate(ingredients):
-        quarantine = part / f"quarantine_{number:02d}.jsonl"
-        quarantine.unlink(missing_ok=True)
-        intake, note = Intake(ingredient.source, config.data, quarantine, media), Notes()
-        infos.append(write_source(config, ingredient, tokenizer, part, f"{number:02d}", dtype, intake, note))
-        notes.append(note)
+    written = [
+        write_source(config, ingredient, tokenizer, part, f"{number:02d}", dtype, media)
+        for number, ingredient in enumerate(ingredients)
+    ]
+    infos = [source.info for source in written]
     manifest = DataManifest(
         path=part,
         fingerprint=fingerprint,
@@ -144,7 +144,7 @@ def _write_sources(
         cleaning=[],
         media=None if media is None else _describe_media(media, config, tokenizer),
     )
-    return manifest, notes
+    return manifest, [sample for source in written for sample in source.samples]
 
 
 def _describe_media(media: MediaWriter, config: Config, tokenizer: Tokenizer) -> MediaInfo:

@@ -2,6 +2,7 @@
 
 import hashlib
 import heapq
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from pydantic import BaseModel
 
 from ultrathink_model.data.document import Document, Split, make_excerpt
 from ultrathink_model.data.manifest import MEDIA_FOLDER, DataManifest
@@ -38,16 +40,40 @@ class Sample:
     """Numbers in the media store."""
 
 
+class NotesState(BaseModel):
+    """What was noted of the first documents, but for their hashes."""
+
+    documents: int
+    samples: list[tuple[int, int, Sample]]
+
+
 class Notes:
     """What is noted of a source's documents as they pass: samples, and a hash of each to count equal ones."""
 
     def __init__(self) -> None:
         self._hashes = array("Q")
         self._samples: list[tuple[int, int, Sample]] = []
+        self._saved = 0
+
+    def save(self, file: Path) -> NotesState:
+        """What was noted so far, whose hashes are added to a file."""
+        with file.open("r+b" if self._saved else "wb") as hashes:
+            hashes.seek(self._saved * self._hashes.itemsize)
+            hashes.write(self._hashes[self._saved :].tobytes())
+            hashes.flush()
+            os.fsync(hashes.fileno())
+        self._saved = len(self._hashes)
+        return NotesState(documents=self._saved, samples=self._samples)
+
+    def go_on(self, state: NotesState, file: Path) -> None:
+        """Takes up what `save` gave, and the hashes of its file."""
+        with file.open("rb") as hashes:
+            self._hashes.fromfile(hashes, state.documents)
+        self._samples, self._saved = list(state.samples), state.documents
 
     def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The same documents, each noted."""
-        for number, document in enumerate(documents):
+        for number, document in enumerate(documents, start=len(self._hashes)):
             content = document.text + "".join(f"\0{medium.kind}{medium.number}" for medium in document.media)
             value = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
             self._hashes.append(value)
@@ -69,9 +95,9 @@ class Notes:
         return sorted(sample for _, _, sample in self._samples)
 
 
-def write_card(manifest: DataManifest, notes: list[Notes], folder: Path) -> None:
-    """Writes the card as Markdown and as a page of HTML without scripts."""
-    samples = sorted(sample for note in notes for sample in note.samples)[:SAMPLES]
+def write_card(manifest: DataManifest, samples: list[Sample], folder: Path) -> None:
+    """Writes the card, with a few of the samples, as Markdown and as a page of HTML without scripts."""
+    samples = sorted(samples)[:SAMPLES]
     pictures = [_thumbnails(manifest, folder, sample) for sample in samples]
     shown = list(zip(samples, pictures, strict=True))
     values = {"data": manifest, "samples": shown, "histogram": length_histogram(manifest, folder)}

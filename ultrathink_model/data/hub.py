@@ -1,14 +1,17 @@
 """Hub sources: datasets of the Hugging Face hub, downloaded, streamed, or from the cache where there is no network."""
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from pydantic import BaseModel
 
 from ultrathink_model.data.articles import join_articles
 from ultrathink_model.data.document import BadRow, Row
@@ -20,6 +23,23 @@ from ultrathink_model.errors import DataError
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
+# The state of a stream is kept at every so many rows; readers look ahead by less than all that are kept.
+STATE_ROWS = 256
+KEPT_STATES = 64
+
+
+class StreamPlace(BaseModel):
+    """A place in a split that is streamed.
+
+    Attributes:
+        row: Rows before it.
+        state: The state of `datasets` at a row before it, or just there.
+        state_row: Rows before that.
+    """
+
+    row: int
+    state: dict[str, Any]
+    state_row: int
 
 
 class HubSource:
@@ -43,6 +63,7 @@ class HubSource:
         self.name, self.licence = name, known.licence
         self.streaming, self._media = streaming, media
         self._known = known
+        self._states: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_STATES)
 
     @property
     def has_validation(self) -> bool:
@@ -61,16 +82,47 @@ class HubSource:
             "article_heading": known.article_heading,
         }
 
-    def rows(self, split: Split) -> Iterator[Row | BadRow]:
-        """The rows of a split; lines are joined to articles where the dataset's rows are lines."""
-        rows = self._read(_undecoded(self._splits[split], self._media), f"{self._known.hub_id}:{split}")
+    def rows(self, split: Split, place: StreamPlace | None = None) -> Iterator[Row | BadRow]:
+        """The rows of a split; lines are joined to articles where the dataset's rows are lines.
+
+        Args:
+            split: Which.
+            place: What `place` gave for a row of it: the rows after that one are read.
+        """
+        rows = self._read(_undecoded(self._splits[split], self._media), f"{self._known.hub_id}:{split}", place)
         heading = self._known.article_heading
         return rows if heading is None else join_articles(rows, heading)
 
-    def _read(self, rows: Iterable[Mapping[str, object]], file: str) -> Iterator[Row]:
+    def place(self, row: int) -> StreamPlace | None:
+        """Where the split that is being read goes on after a row; None where it has to be read from its start.
+
+        That is where nothing is streamed, and where several rows make one article.
+        """
+        state = next(((at, state) for at, state in reversed(self._states) if at <= row), None)
+        if state is None or self._known.article_heading is not None:
+            return None
+        return StreamPlace(row=row, state=state[1], state_row=state[0])
+
+    def _with_states(self, rows: Any, first: int) -> Iterator[Mapping[str, object]]:
+        """The rows of a stream, whose state is kept now and then."""
+        self._states.clear()
+        for number, row in enumerate(rows, start=first + 1):
+            # The state after this row.
+            if number % STATE_ROWS == 0:
+                self._states.append((number, rows.state_dict()))
+            yield row
+
+    def _read(self, rows: Any, file: str, place: StreamPlace | None) -> Iterator[Row]:
         column = self._known.text_column
+        first = 0
+        if place is not None:
+            rows.load_state_dict(place.state)
+            first = place.row
+        if hasattr(rows, "state_dict"):
+            rows = self._with_states(rows, place.state_row if place else 0)
+            rows = islice(rows, place.row - place.state_row if place else 0, None)
         try:
-            for number, row in enumerate(rows, start=1):
+            for number, row in enumerate(rows, start=first + 1):
                 if column not in row:
                     raise DataError(
                         f"{file} has no column {column!r} but {', '.join(row)}; set data.text_column to one of them."

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from ultrathink_model.config.data import DataConfig
 from ultrathink_model.data.document import BadRow, Document, Medium, Row, Split, make_excerpt
+from ultrathink_model.data.hub import StreamPlace
 from ultrathink_model.data.media_store import MediaWriter
 from ultrathink_model.data.media_values import COLUMNS, find_medium, media_values
 from ultrathink_model.data.schema import check_rows
-from ultrathink_model.data.sources import Source
+from ultrathink_model.data.sources import ResumableSource, Source
 from ultrathink_model.errors import DataError, MediaError
 from ultrathink_model.media.placeholders import PLACEHOLDERS, cut_at_placeholders
 
@@ -20,6 +23,30 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 Found = tuple[Row, tuple[Medium, ...]]
 """A row that keeps the rules, and its media in the order of their placeholders."""
+
+
+class IntakeState(BaseModel):
+    """How far an intake is: what it has read and refused up to the document that it gave last.
+
+    Attributes:
+        place: Where the source goes on.
+        split: The split that is being read.
+        rows: Rows read, of all splits.
+        kept: Rows of this split that keep the rules.
+        seen: Documents given, by split.
+        rules: Rows that broke each rule.
+        examples: The first of each.
+        quarantine_bytes: Size of the quarantine file.
+    """
+
+    place: StreamPlace
+    split: Split
+    rows: int
+    kept: int
+    seen: dict[Split, int]
+    rules: dict[str, int]
+    examples: dict[str, BadRow]
+    quarantine_bytes: int
 
 
 class Intake:
@@ -47,6 +74,42 @@ class Intake:
         """Set by the reader when it needs no more training documents of a source that streams."""
         self._rules: Counter[str] = Counter()
         self._examples: dict[str, BadRow] = {}
+        self._seen: Counter[Split] = Counter()
+        self._start: IntakeState | None = None
+        # Of the split that is being read: which it is, its rows read, and those that keep the rules.
+        self._split, self._read, self._kept = SPLITS[0], 0, 0
+
+    def state(self) -> IntakeState | None:
+        """How far the reading is; None where it can only be begun anew.
+
+        To be asked between two documents. Not all documents have been given yet while the first ones are held back to
+        choose the held-out one of them.
+        """
+        is_settled = self._source.has_validation or self._data.validation_every <= self._kept == self._seen.total()
+        if not isinstance(self._source, ResumableSource) or self.media is not None or not is_settled:
+            return None
+        place = self._source.place(self._read)
+        if place is None:
+            return None
+        return IntakeState(
+            place=place,
+            split=self._split,
+            rows=self.rows,
+            kept=self._kept,
+            seen=dict(self._seen),
+            rules=dict(self._rules),
+            examples=self._examples,
+            quarantine_bytes=self._quarantine_size(),
+        )
+
+    def go_on(self, state: IntakeState) -> None:
+        """Has `documents` give those that follow the state."""
+        self._start, self.rows = state, state.rows
+        self._seen, self._rules, self._examples = Counter(state.seen), Counter(state.rules), state.examples
+
+    def _quarantine_size(self) -> int:
+        file = self._quarantine_file
+        return file.stat().st_size if file is not None and file.is_file() else 0
 
     @property
     def quarantined(self) -> int:
@@ -59,7 +122,7 @@ class Intake:
         Raises:
             DataError: A split is empty, or more rows than `data.max_quarantine_fraction` were refused.
         """
-        seen: Counter[Split] = Counter()
+        seen = self._seen
         for document in self._split_documents():
             seen[document.split] += 1
             yield document
@@ -77,21 +140,27 @@ class Intake:
 
     def _split_documents(self) -> Iterator[Document]:
         if self._source.has_validation:
-            for split in SPLITS:
+            for split in SPLITS[SPLITS.index(self._start.split) if self._start else 0 :]:
                 for found in self._rows(split):
                     yield _document(split, found)
         else:
-            yield from hold_out(self._rows("train"), self._data.validation_every)
+            kept = self._start.kept if self._start else 0
+            yield from hold_out(self._rows("train"), self._data.validation_every, kept)
 
     def _rows(self, split: Split) -> Iterator[Found]:
-        for item in check_rows(self._source.rows(split), media=self.media is not None):
+        start = self._start if self._start and self._start.split == split else None
+        self._split, self._read, self._kept = split, start.place.row if start else 0, start.kept if start else 0
+        rows = self._source.rows(split, start.place) if start else self._source.rows(split)  # type: ignore[call-arg]
+        for item in check_rows(rows, media=self.media is not None):
             if split == "train" and self.train_full:
                 return
             self.rows += 1
+            self._read += 1
             found = item if isinstance(item, BadRow) else self._with_media(item)
             if isinstance(found, BadRow):
                 self._quarantine(found)
             else:
+                self._kept += 1
                 yield found
 
     def _with_media(self, row: Row) -> Found | BadRow:
@@ -135,18 +204,19 @@ class Intake:
         )
 
 
-def hold_out(rows: Iterator[Found], every: int) -> Iterator[Document]:
+def hold_out(rows: Iterator[Found], every: int, kept: int = 0) -> Iterator[Document]:
     """Holds out every n-th document: of fewer than n the last one, and of a lone document its last n-th part.
 
     By index and not at random: a source of n documents or more keeps its split as it grows, and any tool can repeat it.
+    `kept` documents, none or at least n, came before `rows`.
     """
-    first = list(islice(rows, every))
+    first = list(islice(rows, every)) if not kept else []
     if len(first) == 1 and not first[0][1]:
         yield from _cut_in_two(first[0][0], every)
         return
     for number, found in enumerate(first, start=1):
         yield _document("validation" if number == len(first) else "train", found)
-    for number, found in enumerate(rows, start=1):
+    for number, found in enumerate(rows, start=kept + 1):
         yield _document("train" if number % every else "validation", found)
 
 

@@ -10,7 +10,7 @@ from ultrathink_model.data.digits import DigitsSource
 from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.dummy import DummySource
 from ultrathink_model.data.file_hashes import FileHashes
-from ultrathink_model.data.hub import HubSource
+from ultrathink_model.data.hub import HubSource, StreamPlace
 from ultrathink_model.data.known import KNOWN_DATASETS, KnownDataset
 from ultrathink_model.data.local import LocalSource, find_files, looks_like_path
 from ultrathink_model.data.manifest import Split
@@ -52,6 +52,19 @@ class Source(Protocol):
 
     def rows(self, split: Split) -> Iterator[Row | BadRow]:
         """The rows of a split, read as a stream."""
+        ...
+
+
+@runtime_checkable
+class ResumableSource(Source, Protocol):
+    """A source that can go on after a row without reading those before it."""
+
+    def place(self, row: int) -> StreamPlace | None:
+        """Where the split that is being read goes on after a row, if it can."""
+        ...
+
+    def rows(self, split: Split, place: StreamPlace | None = None) -> Iterator[Row | BadRow]:
+        """The rows of a split, or those after a place."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -10,11 +11,12 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from ultrathink_model.config import Config
-from ultrathink_model.data.card import Notes
+from ultrathink_model.data.card import Notes, NotesState, Sample
 from ultrathink_model.data.document import Document, Medium, Split
-from ultrathink_model.data.intake import SPLITS, Intake
+from ultrathink_model.data.intake import SPLITS, Intake, IntakeState
 from ultrathink_model.data.manifest import SourceInfo, SplitInfo
 from ultrathink_model.data.media_index import MediaIndexWriter
+from ultrathink_model.data.media_store import MediaWriter
 from ultrathink_model.data.pack import count_rows
 from ultrathink_model.data.shards import ShardWriter, WriterState
 from ultrathink_model.data.sources import Ingredient
@@ -51,12 +53,27 @@ class Size(BaseModel):
         self.sounds += sum(medium.kind == "audio" for medium in media)
 
 
+class Reading(BaseModel):
+    """Where the reading of a stream goes on, so that what came before is not read again."""
+
+    intake: IntakeState
+    notes: NotesState
+
+
 class Progress(BaseModel):
     """How far the tokenizing of one source is, on disk."""
 
     documents: int = 0
     sizes: dict[Split, Size] = {split: Size() for split in SPLITS}
     writers: dict[Split, WriterState] = {split: WriterState() for split in SPLITS}
+    reading: Reading | None = None
+
+
+class Finished(BaseModel):
+    """A source that is written, on disk until all are."""
+
+    info: SourceInfo
+    samples: list[Sample]
 
 
 def write_source(
@@ -66,28 +83,40 @@ def write_source(
     folder: Path,
     number: str,
     dtype: str,
-    intake: Intake,
-    notes: Notes,
-) -> SourceInfo:
+    media: MediaWriter | None,
+) -> Finished:
     """Writes a source's shards to `train/<number>/` and `validation/<number>/` of `folder`, as a stream.
 
-    Where an earlier start was killed, its tokens are taken up: the documents are read again, but not encoded.
+    Where an earlier start was killed, its tokens are taken up: the documents are read again, but not encoded. A stream
+    of the hub is not read again either, unless it has no `Intake.state`. Of a source that was finished nothing is.
 
     Raises:
         DataError: The source cannot be read, is empty, or has too many bad rows.
     """
-    record = folder / f"progress_{number}.json"
+    finished = folder / f"source_{number}.json"
+    if finished.is_file():
+        return Finished.model_validate_json(finished.read_bytes())
+    record, hashes = folder / f"progress_{number}.json", folder / f"hashes_{number}.bin"
     done = Progress.model_validate_json(record.read_bytes()) if record.is_file() else Progress()
+    quarantine = folder / f"quarantine_{number}.jsonl"
+    if quarantine.is_file():
+        os.truncate(quarantine, done.reading.intake.quarantine_bytes if done.reading else 0)
+    intake, notes = Intake(ingredient.source, config.data, quarantine, media), Notes()
     logger.info("tokenizing %s", intake.name + (f" from document {done.documents + 1} on" if done.documents else ""))
     sizes = {split: size.model_copy() for split, size in done.sizes.items()}
     bound = tokens_needed(config, ingredient)
     told, noted, count = time.monotonic(), 0, 0
+    if done.reading is not None:
+        intake.go_on(done.reading.intake)
+        notes.go_on(done.reading.notes, hashes)
+        count = done.documents
+        intake.train_full = sizes["train"].tokens >= bound
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(ShardWriter(folder, f"{split}/{number}", dtype, state=done.writers[split]))
             for split in SPLITS
         }
-        indices = _open_indices(stack, folder, number, done) if intake.media else {}
+        indices = _open_indices(stack, folder, number, done) if media else {}
         for batch in _batches(notes.watch(intake.documents())):
             count += len(batch)
             new = batch[max(0, done.documents - (count - len(batch))) :]
@@ -102,18 +131,19 @@ def write_source(
             if noted >= NOTED_CHARACTERS:
                 noted = 0
                 # What the progress counts must outlast a kill.
-                if intake.media is not None:
-                    intake.media.sync()
+                if media is not None:
+                    media.sync()
                 for index in indices.values():
                     index.sync()
                 states = {split: writer.state() for split, writer in writers.items()}
-                _write_progress(record, Progress(documents=count, sizes=sizes, writers=states))
+                state = intake.state()
+                reading = Reading(intake=state, notes=notes.save(hashes)) if state else None
+                _write_record(record, Progress(documents=count, sizes=sizes, writers=states, reading=reading))
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 read = sizes["train"].bytes / 1e6
                 logger.info("%s: %d rows read, %.0f MB of training text", intake.name, intake.rows, read)
-    record.unlink(missing_ok=True)
-    return SourceInfo(
+    info = SourceInfo(
         name=intake.name,
         licence=ingredient.source.licence,
         weight=ingredient.spec.weight,
@@ -126,6 +156,13 @@ def write_source(
         splits={split: _split_info(config, sizes[split], writers[split], folder, split, number) for split in SPLITS},
         shards={split: writers[split].shards for split in SPLITS},
     )
+    if media is not None:
+        media.sync()
+    done_with = Finished(info=info, samples=notes.samples)
+    _write_record(finished, done_with)
+    record.unlink(missing_ok=True)
+    hashes.unlink(missing_ok=True)
+    return done_with
 
 
 def _split_info(config: Config, size: Size, writer: ShardWriter, folder: Path, split: Split, number: str) -> SplitInfo:
@@ -164,9 +201,9 @@ def encode_documents(
         yield ids, starts, some
 
 
-def _write_progress(record: Path, progress: Progress) -> None:
+def _write_record(record: Path, values: BaseModel) -> None:
     part = record.with_suffix(".part")
-    part.write_text(progress.model_dump_json(), encoding="utf-8")
+    part.write_text(values.model_dump_json(), encoding="utf-8")
     part.replace(record)
 
 
