@@ -312,9 +312,10 @@ def test_a_source_that_was_finished_is_not_read_again(config, corpus, tmp_path, 
         if record.name == "progress_01.json":
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tokenize, "_write_record", write_until_the_second)
+    monkeypatch.setattr(tokenize, "_write_record", write_until_the_second)
+    with pytest.raises(KeyboardInterrupt):
         prepare_data(config)
+    monkeypatch.setattr(tokenize, "_write_record", write)
     encoded = []
     encode = Tokenizer.encode_batch
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode(self, texts))
