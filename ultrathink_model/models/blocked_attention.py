@@ -62,12 +62,13 @@ def _blocked_attention_backward(
     query_grad, keys_grad, values_grad = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, weights in _blocks(query, key, kept):
         out_grad, past = _of_block(grad, key, rows), slice(rows.stop)
-        values_grad[:, past].baddbmm_(weights.mT, out_grad)
+        # Added apart: a product that adds into a part of a tensor goes matrix by matrix.
+        values_grad[:, past] += torch.bmm(weights.mT, out_grad)
         weights_grad = torch.bmm(out_grad, values[:, past].mT)
         scores_grad = torch.ops.aten._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
         part = torch.bmm(scores_grad, keys[:, past])
         torch.mul(part.view_as(_of_grid(query, key, rows)), scale, out=_of_grid(query_grad, key, rows))
-        keys_grad[:, past].baddbmm_(scores_grad.mT, _of_block(query, key, rows), alpha=scale)
+        keys_grad[:, past].add_(torch.bmm(scores_grad.mT, _of_block(query, key, rows)), alpha=scale)
     return query_grad, keys_grad.view(key.shape), values_grad.view(value.shape)
 
 
