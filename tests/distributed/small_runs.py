@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from ultrathink_model.distributed.context import all_reduce_sum, init_distributed
+from ultrathink_model.distributed.context import init_distributed
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.media.batch import MediaBatch
 from ultrathink_model.media.counts import frame_tokens, image_tokens
@@ -63,7 +63,8 @@ def train_step(strategy, step):
     config, context = strategy.config, strategy.context
     tokens, labels = (part.to(context.device) for part in global_batch(config, step))
     own = slice(
-        context.rank * GLOBAL_BATCH // context.world_size, (context.rank + 1) * GLOBAL_BATCH // context.world_size
+        context.data_rank * GLOBAL_BATCH // context.data_ranks,
+        (context.data_rank + 1) * GLOBAL_BATCH // context.data_ranks,
     )
     count = (labels != -100).sum()
     total = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -82,8 +83,8 @@ def train_step(strategy, step):
     strategy.unwrapped.complete_gradients(kinds)
     norm = strategy.gradient_norm_and_clip(config.training.gradient_clipping)
     strategy.step()
-    strategy.unwrapped.end_step(all_reduce_sum)
-    return (all_reduce_sum(total) / count).item(), norm.item()
+    strategy.unwrapped.end_step(strategy.context.sum_over_data)
+    return (context.sum_over_data(total) / count).item(), norm.item()
 
 
 def train_steps(strategy, steps):
@@ -114,7 +115,7 @@ def curve_after_skipped_step(config):
     strategy.skip_step()
     # The model's routing does not follow a skipped step either, as the trainer sees to.
     buffers = [buffer.clone() for buffer in strategy.unwrapped.buffers()]
-    strategy.unwrapped.end_step(all_reduce_sum)
+    strategy.unwrapped.end_step(strategy.context.sum_over_data)
     for buffer, before in zip(strategy.unwrapped.buffers(), buffers, strict=True):
         buffer.copy_(before)
     return train_steps(strategy, range(2))
