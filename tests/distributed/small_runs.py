@@ -5,6 +5,7 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from ultrathink_model.distributed.context import init_distributed
 from ultrathink_model.distributed.strategy import make_strategy
@@ -148,6 +149,20 @@ def load_with_dcp(state, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def held_elements(config):
+    """Numbers in the storages of this rank's weights and of its optimizer's state, after a step."""
+    strategy = prepared_strategy(config)
+    train_step(strategy, 0)
+    state = [t for part in strategy.optimizer.state.values() for key, t in part.items() if key != "step"]
+    return {"weights": _elements(strategy.unwrapped.parameters()), "optimizer": _elements(state)}
+
+
+def _elements(tensors):
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}
+    return sum(sizes.values()) // 4
 
 
 def run_all(configs, loaded, steps, folder):
