@@ -113,6 +113,7 @@ def test_ranks_that_make_no_whole_rows_are_refused(monkeypatch):
         (["distributed.strategy=deepspeed"], "needs distributed.strategy ddp or fsdp, not deepspeed"),
         (["distributed.strategy=single"], "needs distributed.strategy ddp or fsdp, not single"),
         (["distributed.launcher=deepspeed"], "launcher deepspeed takes its own"),
+        (["distributed.strategy=fsdp", "distributed.cpu_offload=true"], "set distributed.cpu_offload=false"),
         (["distributed.tensor_parallel_size=4"], "does not divide model.num_kv_heads=2"),
         (["model.intermediate_size=63"], "does not divide the feed-forward's 63 units"),
         (["training.optimizer=muon"], "training.optimizer=muon moves whole; take training.optimizer=adamw"),

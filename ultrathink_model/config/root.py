@@ -249,6 +249,8 @@ class Config(Section):
             raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, not {self.distributed.strategy}")
         if self.distributed.launcher == "deepspeed" and self.distributed.strategy is None:
             raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, and launcher deepspeed takes its own")
+        if self.distributed.cpu_offload:
+            raise ValueError(f"{start} keeps weights on the device; set distributed.cpu_offload=false")
         if model.kv_heads % size:
             raise ValueError(
                 f"{start} does not divide model.num_kv_heads={model.kv_heads}: each rank holds whole groups of heads; "
