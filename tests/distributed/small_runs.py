@@ -5,8 +5,9 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
-from ultrathink_model.distributed.context import all_reduce_sum, init_distributed
+from ultrathink_model.distributed.context import init_distributed
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.media.batch import MediaBatch
 from ultrathink_model.media.counts import frame_tokens, image_tokens
@@ -63,7 +64,8 @@ def train_step(strategy, step):
     config, context = strategy.config, strategy.context
     tokens, labels = (part.to(context.device) for part in global_batch(config, step))
     own = slice(
-        context.rank * GLOBAL_BATCH // context.world_size, (context.rank + 1) * GLOBAL_BATCH // context.world_size
+        context.data_rank * GLOBAL_BATCH // context.data_ranks,
+        (context.data_rank + 1) * GLOBAL_BATCH // context.data_ranks,
     )
     count = (labels != -100).sum()
     total = torch.zeros((), dtype=torch.float64, device=context.device)
@@ -82,8 +84,8 @@ def train_step(strategy, step):
     strategy.unwrapped.complete_gradients(kinds)
     norm = strategy.gradient_norm_and_clip(config.training.gradient_clipping)
     strategy.step()
-    strategy.unwrapped.end_step(all_reduce_sum)
-    return (all_reduce_sum(total) / count).item(), norm.item()
+    strategy.unwrapped.end_step(strategy.context.sum_over_data)
+    return (context.sum_over_data(total) / count).item(), norm.item()
 
 
 def train_steps(strategy, steps):
@@ -114,7 +116,7 @@ def curve_after_skipped_step(config):
     strategy.skip_step()
     # The model's routing does not follow a skipped step either, as the trainer sees to.
     buffers = [buffer.clone() for buffer in strategy.unwrapped.buffers()]
-    strategy.unwrapped.end_step(all_reduce_sum)
+    strategy.unwrapped.end_step(strategy.context.sum_over_data)
     for buffer, before in zip(strategy.unwrapped.buffers(), buffers, strict=True):
         buffer.copy_(before)
     return train_steps(strategy, range(2))
@@ -147,6 +149,20 @@ def load_with_dcp(state, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def held_elements(config):
+    """Numbers in the storages of this rank's weights and of its optimizer's state, after a step."""
+    strategy = prepared_strategy(config)
+    train_step(strategy, 0)
+    state = [t for part in strategy.optimizer.state.values() for key, t in part.items() if key != "step"]
+    return {"weights": _elements(strategy.unwrapped.parameters()), "optimizer": _elements(state)}
+
+
+def _elements(tensors):
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}
+    return sum(sizes.values()) // 4
 
 
 def run_all(configs, loaded, steps, folder):

@@ -47,6 +47,9 @@ CUT = ["distributed.expert_parallel_size=2", *MIXTURE]
 # Capacity is counted in the tokens of one rank, so one process drops others: it is compared over ranks alone.
 CAPACITY = ["moe.expert_capacity=1"]
 
+TENSOR = ["distributed.tensor_parallel_size=2"]
+HEADS = ["model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=6"]  # 48 wide, in a stream of 32
+
 MEDIA = ["advanced.enable_multimodal=true"]
 
 HARM = ["advanced.enable_constitutional=true"]
@@ -65,6 +68,16 @@ STRATEGIES = {
     "ddpcut_capacity": ["distributed.strategy=ddp", *CUT, *CAPACITY],
     "ddpcut_muonmixture": ["distributed.strategy=ddp", "training.optimizer=muon", *CUT],
     "fsdpcut_mixture": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *CUT],
+    "ddptp": ["distributed.strategy=ddp", *TENSOR],
+    "ddptp_routed": ["distributed.strategy=ddp", *TENSOR, *ROUTED],
+    "ddptp_harm": ["distributed.strategy=ddp", *TENSOR, *HARM],
+    "ddptp_media": ["distributed.strategy=ddp", *TENSOR, *MEDIA],
+    "ddptp_mixture": ["distributed.strategy=ddp", *TENSOR, *MIXTURE],
+    "ddptp4_heads": ["distributed.strategy=ddp", "distributed.tensor_parallel_size=4", *HEADS],
+    "fsdptp4_heads": ["distributed.strategy=fsdp", "distributed.tensor_parallel_size=4", *HEADS],
+    "fsdptp_routed": ["distributed.strategy=fsdp", *TENSOR, *ROUTED],
+    "fsdptp_media": ["distributed.strategy=fsdp", *TENSOR, *MEDIA],
+    "fsdptp": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *TENSOR],
     "fsdp": ["distributed.strategy=fsdp"],
     "fsdp_muon": ["distributed.strategy=fsdp", "training.optimizer=muon"],
     "fsdp_routed": ["distributed.strategy=fsdp", "model.gradient_checkpointing=true", *ROUTED],
@@ -93,9 +106,7 @@ def config_of(folder, name, ranks):
     # With these thresholds ZeRO-3 cuts the smallest weight too, and has none ready before it is needed.
     settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
     zero3.write_text(json.dumps({"zero_optimization": settings}))
-    sequences = small_runs.GLOBAL_BATCH // small_runs.MICRO_STEPS // ranks
     overrides = [
-        f"training.batch_size={sequences}",
         f"training.gradient_accumulation_steps={small_runs.MICRO_STEPS}",
         "training.gradient_clipping=0.5",
         *(text.format(zero3=zero3) for text in STRATEGIES[name]),
@@ -104,7 +115,10 @@ def config_of(folder, name, ranks):
         overrides = [text for text in overrides if not text.startswith("distributed.")]
     else:
         overrides += ["distributed.enabled=true", f"distributed.num_processes={ranks}"]
-    return override_config(BASE, overrides)
+    config = override_config(BASE, overrides)
+    sequences = small_runs.GLOBAL_BATCH // small_runs.MICRO_STEPS
+    shares = ranks // config.distributed.tensor_parallel_size
+    return override_config(config, [f"training.batch_size={sequences // shares}"])
 
 
 def run_over_two_ranks(folder, names, loads):

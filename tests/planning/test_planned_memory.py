@@ -116,6 +116,15 @@ def test_offloaded_state_is_in_host_memory():
     assert planned.host == count_parameters(config).total * 8 / 2
 
 
+def test_cut_matrices_leave_a_rank_its_share():
+    base = ["distributed.enabled=true", "distributed.strategy=ddp"]
+    whole = training_memory(override_config(WIDE, base), "ddp", 2)
+    cut = training_memory(override_config(WIDE, [*base, "distributed.tensor_parallel_size=2"]), "ddp", 2)
+    parts = count_parameters(WIDE).parts
+    assert whole.parts["weights"] - cut.parts["weights"] == (parts["attention"] + parts["feed-forward"]) * 4 / 2
+    assert cut.activations["none"] < whole.activations["none"]
+
+
 def test_cut_experts_leave_a_rank_its_share():
     base = ["advanced.enable_moe=true", "distributed.enabled=true"]
     whole = training_memory(override_config(WIDE, base), "ddp", 2).parts["weights"]

@@ -28,6 +28,9 @@ class InPlace:
     def __init__(self) -> None:
         self.unwrapped = OneWeight()
 
+    def to_saved(self, name, tensor):
+        return tensor
+
 
 def test_the_average_follows_its_formula_and_stands_still_at_bad_steps():
     strategy = InPlace()

@@ -236,3 +236,42 @@ class Config(Section):
                 "ranks would make different numbers of passes and wait for each other; change dre.layer_frequency"
             )
         return self
+
+    @model_validator(mode="after")
+    def _matrices_can_be_cut(self) -> "Config":
+        size, model = self.distributed.tensor_parallel_size, self.model
+        if size == 1:
+            return self
+        start = f"distributed.tensor_parallel_size={size}"
+        if not self.distributed.enabled:
+            raise ValueError(f"{start} cuts matrices over ranks: it needs distributed.enabled=true")
+        if self.distributed.strategy not in (None, "ddp", "fsdp") or self.distributed.deepspeed_config:
+            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, not {self.distributed.strategy}")
+        if self.distributed.launcher == "deepspeed" and self.distributed.strategy is None:
+            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, and launcher deepspeed takes its own")
+        if self.distributed.cpu_offload:
+            raise ValueError(f"{start} keeps weights on the device; set distributed.cpu_offload=false")
+        if model.kv_heads % size:
+            raise ValueError(
+                f"{start} does not divide model.num_kv_heads={model.kv_heads}: each rank holds whole groups of heads; "
+                "take a divisor, or change the heads"
+            )
+        if model.feed_forward_size % size:
+            raise ValueError(
+                f"{start} does not divide the feed-forward's {model.feed_forward_size} units; take a divisor, or set "
+                "model.intermediate_size"
+            )
+        if self.training.optimizer == "muon":
+            raise ValueError(
+                f"{start} cuts matrices that training.optimizer=muon moves whole; take training.optimizer=adamw"
+            )
+        if self.distributed.expert_parallel_size > 1:
+            raise ValueError(
+                f"{start} and distributed.expert_parallel_size={self.distributed.expert_parallel_size} cannot be used "
+                "together; set one of them to 1"
+            )
+        if self.advanced.enable_rlhf:
+            raise ValueError(
+                f"{start} is not available to alignment, whose ranks draw answers of their own; set it to 1"
+            )
+        return self

@@ -144,6 +144,11 @@ class DistributedConfig(Section):
         ge=1,
         description="Ranks over which the experts of each mixture are cut (mesh axis `ep`), under `ddp` or `fsdp`; 1 gives every rank all experts.",
     )
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Ranks over which the matrices of attention and feed-forward are cut (mesh axis `tp`), under `ddp` or `fsdp`. They see the same data, so that `training.batch_size` counts once for all of them. 1 gives every rank whole matrices.",
+    )
     timeout_seconds: float = Field(
         600, gt=0, description="Seconds that a collective waits for a lost rank before the run ends."
     )

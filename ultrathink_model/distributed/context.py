@@ -16,17 +16,43 @@ from ultrathink_model.errors import ConfigError, DistributedError
 
 @dataclass(frozen=True)
 class RankContext:
-    """Which rank this process is, of how many, and the device that it computes on."""
+    """Which rank this process is, of how many, and the device that it computes on.
+
+    Attributes:
+        tensor_parallel_size: Ranks in a row, which see the same data.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    tensor_parallel_size: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one rank that writes, logs and prints."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this rank takes."""
+        return self.rank // self.tensor_parallel_size
+
+    @property
+    def data_ranks(self) -> int:
+        """Shares of the data: the ranks, or the rows of them that share one."""
+        return self.world_size // self.tensor_parallel_size
+
+    @property
+    def first_of_row(self) -> int:
+        """The first rank with this one's data."""
+        return self.data_rank * self.tensor_parallel_size
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor up over the shares of the data, in place, and returns it, alike on all ranks."""
+        if self.rank != self.first_of_row:
+            tensor.zero_()
+        return all_reduce_sum(tensor)
 
 
 def strategy_name(config: Config) -> str:
@@ -46,7 +72,8 @@ def init_distributed(config: Config) -> RankContext:
     unless `OMP_NUM_THREADS` is set, and keeps the memory that it frees. A second call returns what the first did.
 
     Raises:
-        ConfigError: Several ranks were started for a config that is not distributed: each would train alone.
+        ConfigError: Several ranks were started for a config that is not distributed: each would train alone. Or they
+            make no whole rows of `distributed.tensor_parallel_size`.
         DistributedError: The machine has fewer GPUs than ranks.
     """
     if not torch.cuda.is_available():
@@ -62,6 +89,12 @@ def init_distributed(config: Config) -> RankContext:
             f"distributed.strategy={config.distributed.strategy} would have each train alone; "
             "add --override distributed.enabled=true, or start one process"
         )
+    size = config.distributed.tensor_parallel_size
+    if world_size % size:
+        raise ConfigError(
+            f"distributed.tensor_parallel_size={size} does not divide the {world_size} ranks of the run; take a divisor, "
+            "or start another number of ranks"
+        )
     device = _device_of(local_rank)
     if not dist.is_initialized():
         if "OMP_NUM_THREADS" not in os.environ:
@@ -71,7 +104,7 @@ def init_distributed(config: Config) -> RankContext:
             timeout=timedelta(seconds=config.distributed.timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
-    return RankContext(rank, local_rank, world_size, device)
+    return RankContext(rank, local_rank, world_size, device, size)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

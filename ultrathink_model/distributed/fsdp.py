@@ -33,7 +33,10 @@ class FSDPStrategy(SingleStrategy):
         # True of a block that is routed in depth, and harmless: the decoder changes no block's output in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         device = self.context.device
-        mesh = init_device_mesh(device.type, (self.context.world_size,), mesh_dim_names=("dp_shard",))
+        if self.tensors:
+            mesh = self.tensors.grid["dp"]
+        else:
+            mesh = init_device_mesh(device.type, (self.context.world_size,), mesh_dim_names=("dp_shard",))
         offload = self.config.distributed.cpu_offload and device.type != "cpu"
         policy = CPUOffloadPolicy() if offload else OffloadPolicy()
         experts = set(self.experts.parameters.values()) if self.experts else set()

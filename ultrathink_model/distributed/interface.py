@@ -90,6 +90,14 @@ class Strategy(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state in the form that `state_dict` has here, usually the same one, filled by DCP."""
 
+    def to_saved(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that lies over the ranks as the weight `name` does, as `state_dict` has it."""
+        return tensor
+
+    def to_live(self, name: str, tensor: Tensor) -> Tensor:
+        """The reverse of `to_saved`."""
+        return tensor
+
     def full_model_state(self) -> dict[str, Tensor]:
         """The whole weights in host memory, on rank 0; the other ranks help and get none."""
         return {name: whole.to("cpu", copy=True) for name, whole in self._whole_weights() if self.context.is_main}
@@ -113,7 +121,8 @@ class Strategy(ABC):
 
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights and buffers, gathered one at a time."""
-        for name, tensor in self.unwrapped.state_dict().items():
+        for name, part in self.unwrapped.state_dict().items():
+            tensor = self.to_saved(name, part)
             yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
     def _clip(self, max_norm: float | None) -> Float[Tensor, ""]:

@@ -81,12 +81,16 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
     the gradients of the earlier micro-steps stand beside the activations, too. With images, the sequences are taken to
     be full of them.
     """
+    tensor_ranks = config.distributed.tensor_parallel_size
+    ranks = max(1, ranks // tensor_ranks)
     parameters, shares = count_parameters(config), sharding(strategy, config.distributed.zero_stage, ranks)
-    cut = 1 / config.distributed.expert_parallel_size
-    held = parameters.total - parameters.experts * (1 - cut)
+    matrices = sum(parameters.parts.get(name, 0) for name in ("attention", "feed-forward"))
+    held = parameters.total - matrices * (1 - 1 / tensor_ranks)
+    held -= parameters.experts * (1 - 1 / config.distributed.expert_parallel_size)
     trained = held - frozen_parameters(config)
     decoder = parameters.total - sum(media_parameters(config).values())
-    largest_block = (decoder - parameters.parts["embedding"]) / config.model.num_layers
+    blocks = decoder - parameters.parts["embedding"] - matrices * (1 - 1 / tensor_ranks)
+    largest_block = blocks / config.model.num_layers
     optimizer = trained * shares.optimizer * _optimizer_bytes(config, parameters)
     offloaded = config.distributed.cpu_offload
     gradients = trained * shares.gradients * FP32
@@ -173,7 +177,8 @@ def _working_bytes(config: Config) -> float:
     which what the last product kept is free again; where experts' outputs are weighted, there is one more.
     """
     mixtures = num_mixtures(config)
-    dense = 4 * config.model.feed_forward_size if mixtures < config.model.num_layers else 0
+    units = config.model.feed_forward_size / config.distributed.tensor_parallel_size
+    dense = 4 * units if mixtures < config.model.num_layers else 0
     mixture = 5 * expert_width(config) * config.moe.moe_top_k if mixtures else 0
     return max(dense, mixture) * (HALF if config.training.use_amp else FP32)
 
@@ -197,7 +202,7 @@ def _mixing_bytes(config: Config, queries: int, keys: int) -> float:
 
 def _block_bytes(config: Config, *, mixture: bool) -> float:
     """What one block keeps of one token: the operands of its products, norms and attention, each once."""
-    model = config.model
+    model, tensor_ranks = config.model, config.distributed.tensor_parallel_size
     product = HALF if config.training.use_amp else FP32
     hidden, queries, keys = model.hidden_size, model.num_heads * model.head_size, model.kv_heads * model.head_size
     normed = 2 * hidden * product
@@ -205,7 +210,7 @@ def _block_bytes(config: Config, *, mixture: bool) -> float:
     attention = ((queries + 2 * keys) + queries + keys + queries) * product + _mixing_bytes(config, queries, keys)
     if mixture:
         width, top_k = expert_width(config), config.moe.moe_top_k
-        inner = top_k * (hidden + 3 * width) * product + 3 * config.moe.num_experts * FP32
+        inner: float = top_k * (hidden + 3 * width) * product + 3 * config.moe.num_experts * FP32
     else:
-        inner = 3 * model.feed_forward_size * product
-    return normed + residual + attention + inner
+        inner = 3 * model.feed_forward_size / tensor_ranks * product
+    return normed + residual + attention / tensor_ranks + inner

@@ -99,7 +99,8 @@ def _training_tokens(config: Config, ranks: int, samples: int | None) -> int | N
     training, length = config.training, config.model.max_seq_length
     if samples is not None:
         return samples * length
-    batch = training.global_batch_size or training.batch_size * training.gradient_accumulation_steps * ranks
+    rows = max(1, ranks // config.distributed.tensor_parallel_size)
+    batch = training.global_batch_size or training.batch_size * training.gradient_accumulation_steps * rows
     bounds = [
         training.max_tokens,
         None if training.max_steps is None else training.max_steps * batch * length,

@@ -74,13 +74,13 @@ def make_trainer(
     strategy = make_strategy(config, context)
     strategy.prepare(model, functools.partial(make_optimizer, config.training))
     position = point.manifest.position.model_copy() if point else RunPosition()
-    loader = TrainLoader(manifest, config, rank=context.rank, world_size=context.world_size)
+    loader = TrainLoader(manifest, config, rank=context.data_rank, world_size=context.data_ranks)
 
     def batches_from(step: int) -> Iterator[list[Batch]]:
         steps = loader.steps_from(step)
-        return with_safety_rows(steps, manifest, config, context.rank, context.world_size, first_step=step)
+        return with_safety_rows(steps, manifest, config, context.data_rank, context.data_ranks, first_step=step)
 
-    seed_generators(config.training.seed, context.rank)
+    seed_generators(config.training.seed, context.data_rank)
     evaluation = EvaluationCallback(
         config, manifest, context, metrics.extra, at_start=init_from is not None and point is None
     )
@@ -101,7 +101,7 @@ def make_trainer(
         config,
         strategy,
         batches_from,
-        run_length(config, manifest, loader, context.world_size),
+        run_length(config, manifest, loader, context.data_ranks),
         position,
         signals,
         callbacks,
@@ -131,9 +131,9 @@ def restore(trainer: Trainer, point: ResumePoint) -> None:
     trainer.measured = dict(point.manifest.metrics)
     load_tensors(point.folder, {name: part for name, part in tensors.items() if has_part.get(name, True)})
     trainer.strategy.load_state_dict({name: tensors[name] for name in ("model", "optimizer")})
-    if trainer.average is not None and not has_part["average"]:
-        trainer.average.begin()
-    rank_state = read_rank_state(point.folder, context.rank)
+    if trainer.average is not None:
+        trainer.average.load_state_dict(tensors["average"]) if has_part["average"] else trainer.average.begin()
+    rank_state = read_rank_state(point.folder, context.first_of_row)
     if rank_state is None:
         logger.info("%s has no generators of rank %d, which draws anew", point.folder, context.rank)
     else:

@@ -69,8 +69,14 @@ class WeightAverage:
             self._swap()
 
     def state_dict(self) -> dict[str, Any]:
-        """The live mean: what is loaded into these tensors is in effect at once."""
-        return self._mean
+        """The mean as `Strategy.state_dict` has the weights; most of it live."""
+        return {name: self._strategy.to_saved(name, mean) for name, mean in self._mean.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a mean in that form."""
+        for name, mean in self._mean.items():
+            if state[name] is not mean:
+                mean.copy_(self._strategy.to_live(name, state[name]))
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ultrathink_model.distributed.context import all_reduce_sum
 from ultrathink_model.distributed.interface import Strategy
 from ultrathink_model.distributed.single import SingleStrategy
 from ultrathink_model.errors import UltrathinkError
@@ -102,6 +101,6 @@ class StepGuard:
         """Lets the model's routing follow the step, unless the step was bad."""
         assert isinstance(self._model, Transformer)
         before = [buffer.clone() for buffer in self._model.buffers()]
-        self._model.end_step(all_reduce_sum)
+        self._model.end_step(self._strategy.context.sum_over_data)
         for buffer, kept in zip(self._model.buffers(), before, strict=True):
             buffer.copy_(torch.where(bad, kept, buffer))

@@ -55,7 +55,7 @@ def train(
     context = init_distributed(config)
     folder = RunFolder(config.output.output_dir)
     with StopSignals() as signals, repeatable_kernels(config.training.deterministic):
-        batch = global_batch_size(config, context.world_size)
+        batch = global_batch_size(config, context.data_ranks)
         claim = on_main(context, lambda: claim_folder(config, manifest, folder, run_name, init_from, batch))
         if claim.result is not None:
             logger.info("%s is finished already, after %d steps", run_name, claim.result.steps)

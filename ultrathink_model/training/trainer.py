@@ -229,7 +229,7 @@ class Trainer:
         record.gradient_norm = self.strategy.gradient_norm_and_clip(training.gradient_clipping)
         self.position.step, self.position.tokens = step + 1, self.position.tokens + tokens
         self.record = record
-        loss = record.loss_sum if self.spikes is None else all_reduce_sum(record.loss_sum.clone())
+        loss = record.loss_sum if self.spikes is None else self.strategy.context.sum_over_data(record.loss_sum.clone())
         bad = self._guard.step(record.gradient_norm, loss / max(1, tokens))
         if self.average is not None:
             self.average.update(step + 1, bad)
@@ -297,7 +297,8 @@ class Trainer:
         """What the ranks must know of each other before a step."""
         seconds = time.perf_counter() - self._started
         is_late = self.length.max_seconds is not None and seconds >= self.length.max_seconds
-        tokens = sum(batch.num_tokens for batch in micro_batches)
+        context = self.strategy.context
+        tokens = sum(batch.num_tokens for batch in micro_batches) if context.rank == context.first_of_row else 0
         media = {kind for batch in micro_batches if batch.media is not None for kind in batch.media.kinds()}
         own = [tokens, self._signals.received is not None, is_late, *(kind in media for kind in KINDS)]
         self._watch.note("to count tokens with the other ranks")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ultrathink_model.config import Config
 from ultrathink_model.data import Batch, DataManifest, ValidationLoader
 from ultrathink_model.data.tokenizer import Tokenizer
-from ultrathink_model.distributed.context import RankContext, all_reduce_sum
+from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.evaluation.measures import training_metrics
 from ultrathink_model.evaluation.perplexity import validation_loss
 from ultrathink_model.training.callbacks.callback import Callback
@@ -74,13 +74,15 @@ class EvaluationCallback(Callback):
         loader = ValidationLoader(
             self._manifest,
             self._config,
-            rank=context.rank,
-            world_size=context.world_size,
+            rank=context.data_rank,
+            world_size=context.data_ranks,
             max_sequences=max_sequences,
         )
         with trainer.pause(), trainer.averaged_weights():
             trainer.strategy.model.eval()
-            result = validation_loss(trainer.forward, _until_signal(loader, trainer), context.device, all_reduce_sum)
+            result = validation_loss(
+                trainer.forward, _until_signal(loader, trainer), context.device, context.sum_over_data
+            )
             trainer.strategy.model.train()
         if trainer.is_signalled():
             return

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ultrathink_model.distributed.context import all_reduce_sum
 from ultrathink_model.tracking.metrics import MetricsWriter
 from ultrathink_model.tracking.progress import Progress
 from ultrathink_model.training.callbacks.callback import Callback
@@ -86,7 +85,7 @@ class MetricsCallback(Callback):
         aux_names = _names_of_all_ranks(record.aux_sums)
         names = ["loss", *(f"aux/{name}" for name in aux_names)]
         sums = [record.loss_sum, *(record.aux_sums.get(name, torch.zeros_like(record.loss_sum)) for name in aux_names)]
-        totals = all_reduce_sum(torch.stack([value.double() for value in sums])).tolist()
+        totals = trainer.strategy.context.sum_over_data(torch.stack([value.double() for value in sums])).tolist()
         position = trainer.read_position()
         steps = position.step - self._logged_step
         seconds = max(1e-9, trainer.training_clock - self._logged_clock)
