@@ -25,7 +25,7 @@ endif
 # DeepSpeed compiles its kernels when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup prototype production test test-all check format bench docs llama cloud test-cloud test-aws test-gcp clean
+.PHONY: help setup prototype production test test-all test-slow check format bench docs llama cloud test-cloud test-aws test-gcp clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ test: $(STAMP) ## set up, then the tests (under 15 minutes)
 
 test-all: $(STAMP) ## the slow tests too
 	$(PYTEST) -m 'slow or not slow'
+
+test-slow: $(STAMP) ## the slow tests alone
+	$(PYTEST) -m slow --durations=15
 
 check: $(STAMP) ## lint, format, types, direction of imports
 	$(BIN)/ruff check .

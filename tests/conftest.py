@@ -1,10 +1,16 @@
 """Fixtures that tests of several packages share."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A ZenML of each test process's own, named before ZenML is imported.
+os.environ["ZENML_CONFIG_PATH"] = tempfile.mkdtemp(prefix="ultrathink-zenml-")
+os.environ["ZENML_ANALYTICS_OPT_IN"] = "false"
 
+import atexit
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -13,6 +19,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 from ultrathink_model.config import Config, make_config
+
+atexit.register(shutil.rmtree, os.environ["ZENML_CONFIG_PATH"], ignore_errors=True)
 
 # Lets the model's own tests check every call of its mathematics against the shapes of its signature; set before it is
 # imported. Elsewhere, in the tests that train, the checks are off.

@@ -26,6 +26,10 @@ class DataError(UltrathinkError):
     """A dataset, a file or a row that cannot be had or read."""
 
 
+class SourceLostError(DataError):
+    """A source that could be read, and then no more: what was prepared of it is kept."""
+
+
 class TokenizerError(DataError):
     """A tokenizer that cannot be had, or that does not fit the model or the checkpoint."""
 

@@ -55,7 +55,9 @@ class Workflow(NamedTuple):
 DENSE = ("advanced.enable_moe=false", "advanced.enable_dre=false", "advanced.enable_constitutional=false")
 ADVANCED = ("advanced.enable_moe=true", "advanced.enable_dre=true")
 PRETRAINS = ("advanced.enable_rlhf=false", "constitutional.enabled=false")
-ONE_PROCESS = ("distributed.enabled=false", "distributed.strategy=null", "distributed.deepspeed_config=null")
+# Alignment's ranks write answers of their own.
+UNCUT = ("distributed.tensor_parallel_size=1", "distributed.expert_parallel_size=1")
+ONE_PROCESS = ("distributed.enabled=false", "distributed.strategy=null", "distributed.deepspeed_config=null", *UNCUT)
 # What there is to see and to hear, and more sequences. At the profile's rates a decoder of six layers learns the text
 # alone: it does not begin to look within 400 steps (docs/log.md).
 WITH_DIGITS = (
@@ -107,12 +109,22 @@ WORKFLOWS = {
             Stage(
                 REWARD,
                 defaults=ADVANCED,
-                fixed=("constitutional.enabled=false", "advanced.enable_rlhf=true", "rlhf.only_reward_model=true"),
+                fixed=(
+                    "constitutional.enabled=false",
+                    "advanced.enable_rlhf=true",
+                    "rlhf.only_reward_model=true",
+                    *UNCUT,
+                ),
             ),
             Stage(
                 "rlhf",
                 defaults=ADVANCED,
-                fixed=("constitutional.enabled=false", "advanced.enable_rlhf=true", "training.learning_rate=1.0e-5"),
+                fixed=(
+                    "constitutional.enabled=false",
+                    "advanced.enable_rlhf=true",
+                    "training.learning_rate=1.0e-5",
+                    *UNCUT,
+                ),
             ),
         ),
         steps=(

@@ -33,7 +33,7 @@ from ultrathink_model.data import build, prepare_data, tokenize
 from ultrathink_model.errors import UltrathinkError
 tokenize.BATCH_CHARACTERS = 500  # so that a stream of this size can stop early
 begin, revisions = build._begin, []
-build._begin = lambda part, found: (revisions.append(found), begin(part, found))
+build._begin = lambda part, found: (revisions.append([s.revision for s in (i.source for i in found) if s.streaming]), begin(part, found))
 base = {"model": {"vocab_size": 300, "max_seq_length": 32}, "data": {"tokenizer_name": "train"}}
 for line in sys.stdin:
     config = make_config(base, json.loads(line))
@@ -76,6 +76,12 @@ def hub(hub_folder):
     for file in range(FILES):
         rows = [{"text": f"text {n} of file {file} " * (n + 1) if n != 5 else ""} for n in range(10)]
         (texts / f"train-{file:05d}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tables = root / "long" / "tables"
+    tables.mkdir(parents=True)
+    for name, files in (("train", FILES), ("validation", 2)):
+        for file in range(files):
+            rows = [f"{name} {n} of file {file} " * (n + 1) if n != 5 else "" for n in range(10)]
+            pq.write_table(pa.table({"text": rows}), tables / f"{name}-{file:05d}.parquet", row_group_size=4)
     (root / "some" / "bodies").mkdir(parents=True)
     (root / "some" / "bodies" / "train.jsonl").write_text("".join(f'{{"body": "text {n}"}}\n' for n in range(20)))
     server = subprocess.Popen(
@@ -131,6 +137,20 @@ def test_a_stream_that_was_cut_short_goes_on_from_the_file_that_it_had_come_to(h
     assert f"train-{FILES - 1:05d}.jsonl" in read
     assert "train-00001.jsonl" not in read  # the first is asked for the data set's columns
     assert files_of(Path(again.stdout.strip())) == files_of(Path(whole.stdout.strip()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["long/texts", "long/tables"])
+def test_a_stream_that_is_cut_short_again_and_again_ends_with_the_same_files(hub, tmp_path, name):
+    overrides = [f"data.dataset={name}", "data.max_quarantine_fraction=0.2"]
+    whole = stream(hub, tmp_path, -1, *overrides, f"data.cache_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    ends = [stream(hub, tmp_path, 2, *overrides, f"data.cache_dir={tmp_path / 'cut'}") for _ in range(3)]
+    while ends[-1].returncode == -signal.SIGKILL:
+        ends.append(stream(hub, tmp_path, 2, *overrides, f"data.cache_dir={tmp_path / 'cut'}"))
+    assert ends[-1].returncode == 0, ends[-1].stderr
+    assert len(ends) > 4
+    assert files_of(Path(ends[-1].stdout.strip())) == files_of(Path(whole.stdout.strip()))
 
 
 def run(endpoint, home, *requests):

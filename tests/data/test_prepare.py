@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 
 from ultrathink_model.config import override_config, save_config
-from ultrathink_model.data import Tokenizer, load_manifest, prepare_data, tokenize
+from ultrathink_model.config.data import DataSource
+from ultrathink_model.data import Tokenizer, build, load_manifest, prepare_data, schema, tokenize
+from ultrathink_model.data.build import _begin
+from ultrathink_model.data.hub import HubSource
+from ultrathink_model.data.known import KnownDataset
+from ultrathink_model.data.local import LocalSource
 from ultrathink_model.data.shards import TokenStream
-from ultrathink_model.errors import ConfigError, DataError, TokenizerError
+from ultrathink_model.data.sources import Ingredient
+from ultrathink_model.errors import ConfigError, DataError, SourceLostError, TokenizerError
 
 PREPARE = (
     "import sys; from ultrathink_model.config import load_config; from ultrathink_model.data import prepare_data; "
@@ -139,7 +145,7 @@ def test_what_is_written_does_not_depend_on_the_number_of_threads(config, tmp_pa
     assert all((by_one.path / name).read_bytes() == (by_all.path / name).read_bytes() for name in names)
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(config, tmp_path):
+def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(config, tmp_path, monkeypatch):
     script = "import ultrathink_model.data.build as p, os, signal\n"
     script += "p._sync_tree = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n" + PREPARE.replace("; ", "\n")
     save_config(config, tmp_path / "config.yaml")
@@ -149,8 +155,11 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(config, tmp_
     assert done.returncode == -signal.SIGKILL
     (leftover,) = left_in(config)
     assert leftover.startswith(".")
+    # All was written: nothing is read again.
+    monkeypatch.setattr(build, "_fill_folder", None)
     manifest = prepare_data(config)
     assert left_in(config) == [manifest.fingerprint]
+    assert not (manifest.path / "build.txt").exists()
 
 
 def test_a_failed_preparation_leaves_nothing(config, corpus):
@@ -338,15 +347,60 @@ def test_what_another_version_left_half_built_is_not_gone_on_with(config, caplog
 
 
 def test_a_stream_that_was_cut_short_goes_on_at_the_same_revision_only(tmp_path):
-    from ultrathink_model.data.build import _begin
+    def stream(revision):
+        source = HubSource("some", KnownDataset("some/texts", licence=""), streaming=True)
+        source.__dict__["_reached"] = (revision, None if revision else "no network")
+        return [Ingredient(DataSource(dataset="some", weight=1), source, source.identity())]
 
     part = tmp_path / ".half.part"
-    _begin(part, ["c0ffee"])
+    _begin(part, stream("c0ffee"))
     (part / "shard").touch()
-    _begin(part, ["c0ffee"])
+    _begin(part, stream("c0ffee"))
     assert (part / "shard").exists()
-    _begin(part, ["decaf"])
+    with pytest.raises(SourceLostError, match=r"a part of data\.dataset=some, and the hub does not answer"):
+        _begin(part, stream(None))
+    assert (part / "shard").exists()
+    _begin(part, stream("decaf"))
     assert not (part / "shard").exists()
+
+
+def test_a_stream_whose_hub_is_lost_keeps_what_was_prepared(config, corpus, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 200)
+    monkeypatch.setattr(tokenize, "NOTED_CHARACTERS", 300)
+    rows = LocalSource.rows
+
+    def lost_rows(self, split):
+        for number, row in enumerate(rows(self, split)):
+            if number == 15 and tokenize_begun:
+                raise SourceLostError("the hub was lost")
+            yield row
+
+    tokenize_begun = []
+    monkeypatch.setattr(LocalSource, "rows", lost_rows)
+    monkeypatch.setattr(schema, "CHUNK_ROWS", 1)
+    encode = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: tokenize_begun.append(1) or encode(self, texts))
+    with pytest.raises(SourceLostError):
+        prepare_data(config)
+    monkeypatch.setattr(LocalSource, "rows", rows)
+    encoded = []
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    manifest = prepare_data(config)
+    assert "going on with the preparation" in caplog.text
+    assert 0 < len(encoded) < 20
+    assert manifest.splits["train"].documents + manifest.splits["validation"].documents == 20
+
+
+def test_a_lost_hub_is_told_as_one_that_can_be_gone_on_with():
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("gone")
+
+    source = HubSource("some", KnownDataset("some/texts", licence=""), streaming=False)
+    source.__dict__["_splits"] = {"train": rows()}
+    with pytest.raises(SourceLostError, match=r"some/texts:train: the hub was lost while it was read \(gone\)"):
+        list(source.rows("train"))
 
 
 def test_best_fit_rows_reach_the_loader_and_their_padding_is_told(config):

@@ -82,8 +82,11 @@ def test_ranks_that_make_no_whole_rows_are_refused():
     ("overrides", "message"),
     [
         (["advanced.enable_moe=false"], "needs advanced.enable_moe and distributed.enabled"),
-        (["distributed.strategy=deepspeed"], "needs distributed.strategy ddp or fsdp, not deepspeed"),
-        (["distributed.launcher=deepspeed"], "launcher deepspeed takes its own"),
+        (
+            ["distributed.strategy=deepspeed"],
+            "needs distributed.strategy ddp or fsdp, and distributed.strategy=deepspeed",
+        ),
+        (["distributed.launcher=deepspeed"], "ddp or fsdp, and distributed.launcher=deepspeed"),
         (["distributed.expert_parallel_size=3"], "does not divide the 8 experts"),
         (["advanced.enable_rlhf=true", "rlhf.prompt_tokens=8", "rlhf.response_tokens=8"], "not available to alignment"),
         (["advanced.enable_dre=true", "dre.layer_frequency=2"], "block 2, which is routed in depth too"),

@@ -110,9 +110,14 @@ def test_ranks_that_make_no_whole_rows_are_refused(monkeypatch):
     ("overrides", "message"),
     [
         (["distributed.enabled=false"], "needs distributed.enabled=true"),
-        (["distributed.strategy=deepspeed"], "needs distributed.strategy ddp or fsdp, not deepspeed"),
-        (["distributed.strategy=single"], "needs distributed.strategy ddp or fsdp, not single"),
-        (["distributed.launcher=deepspeed"], "launcher deepspeed takes its own"),
+        (
+            ["distributed.strategy=deepspeed"],
+            "needs distributed.strategy ddp or fsdp, and distributed.strategy=deepspeed",
+        ),
+        (["distributed.strategy=single"], "needs distributed.strategy ddp or fsdp, and distributed.strategy=single"),
+        (["distributed.num_processes=3"], "does not divide distributed.num_processes=3"),
+        (["distributed.deepspeed_config=zero.json"], "ddp or fsdp, and distributed.deepspeed_config=zero.json"),
+        (["distributed.launcher=deepspeed"], "ddp or fsdp, and distributed.launcher=deepspeed"),
         (["distributed.strategy=fsdp", "distributed.cpu_offload=true"], "set distributed.cpu_offload=false"),
         (["distributed.tensor_parallel_size=4"], "does not divide model.num_kv_heads=2"),
         (["model.intermediate_size=63"], "does not divide the feed-forward's 63 units"),

@@ -1,18 +1,8 @@
-"""A ZenML of the tests' own, and a small workspace that the pipelines of a test module share."""
+"""A small workspace that the pipelines of a test module share."""
 
-import atexit
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
-
-if "ULTRATHINK_TEST_ZENML" not in os.environ:
-    # Before ZenML is imported, which happens when the test modules are collected.
-    os.environ["ULTRATHINK_TEST_ZENML"] = tempfile.mkdtemp(prefix="ultrathink-zenml-")
-    atexit.register(shutil.rmtree, os.environ["ULTRATHINK_TEST_ZENML"], ignore_errors=True)
-os.environ["ZENML_CONFIG_PATH"] = os.environ["ULTRATHINK_TEST_ZENML"]
-os.environ["ZENML_ANALYTICS_OPT_IN"] = "false"
 
 import pytest
 import yaml

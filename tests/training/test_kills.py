@@ -101,6 +101,41 @@ def test_a_signal_at_any_moment_saves_and_ends_all_ranks(base_config, manifest, 
     assert_same_run(folder, *uninterrupted)
 
 
+class SlowSave(forked_runs.Hook):
+    """Ranks that save for long, one of which is told to stop in its sixth step."""
+
+    def install(self, rank: int) -> None:
+        from ultrathink_model.training import checkpoint
+
+        finish = checkpoint._finish_own_files
+
+        def finish_late(*arguments):
+            time.sleep(8)
+            return finish(*arguments)
+
+        checkpoint._finish_own_files = finish_late
+        if rank == 1:
+            from ultrathink_model.training.trainer import Trainer
+
+            forward, calls = Trainer.forward, []
+
+            def forward_until_told(*arguments):
+                calls.append(None)
+                if len(calls) == 11:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return forward(*arguments)
+
+            Trainer.forward = forward_until_told
+
+
+def test_a_save_that_takes_longer_than_a_hang_is_not_taken_for_one(base_config, manifest, tmp_path):
+    folder = tmp_path / "slow"
+    config = run_config(base_config, folder, 2, "distributed.hang_seconds=1", "training.checkpoint_steps=99")
+    processes = forked_runs.start(config, manifest, 2, SlowSave())
+    assert set(forked_runs.exit_codes(processes, seconds=60)) == {75}
+    assert [verify_checkpoint(path) for path in folder.glob("checkpoint_*.pt")]
+
+
 class HangAt(forked_runs.Hook):
     """A rank that stands still in the forward pass of a step, or is stopped by the system there."""
 

@@ -210,6 +210,18 @@ class Config(Section):
             )
         return self
 
+    def _require_ddp_or_fsdp(self, start: str) -> None:
+        distributed = self.distributed
+        if distributed.strategy in ("ddp", "fsdp"):
+            return
+        if distributed.strategy is not None or distributed.deepspeed_config or distributed.launcher == "deepspeed":
+            given = next(
+                f"distributed.{key}={getattr(distributed, key)}"
+                for key in ("strategy", "deepspeed_config", "launcher")
+                if getattr(distributed, key) is not None
+            )
+            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, and {given} is another")
+
     @model_validator(mode="after")
     def _experts_can_be_cut(self) -> "Config":
         size = self.distributed.expert_parallel_size
@@ -218,10 +230,7 @@ class Config(Section):
         start = f"distributed.expert_parallel_size={size}"
         if not (self.advanced.enable_moe and self.distributed.enabled):
             raise ValueError(f"{start} cuts experts over ranks: it needs advanced.enable_moe and distributed.enabled")
-        if self.distributed.strategy not in (None, "ddp", "fsdp") or self.distributed.deepspeed_config:
-            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, not {self.distributed.strategy}")
-        if self.distributed.launcher == "deepspeed" and self.distributed.strategy is None:
-            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, and launcher deepspeed takes its own")
+        self._require_ddp_or_fsdp(start)
         if self.moe.num_experts % size:
             raise ValueError(
                 f"{start} does not divide the {self.moe.num_experts} experts of all groups; change a group's size"
@@ -245,10 +254,12 @@ class Config(Section):
         start = f"distributed.tensor_parallel_size={size}"
         if not self.distributed.enabled:
             raise ValueError(f"{start} cuts matrices over ranks: it needs distributed.enabled=true")
-        if self.distributed.strategy not in (None, "ddp", "fsdp") or self.distributed.deepspeed_config:
-            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, not {self.distributed.strategy}")
-        if self.distributed.launcher == "deepspeed" and self.distributed.strategy is None:
-            raise ValueError(f"{start} needs distributed.strategy ddp or fsdp, and launcher deepspeed takes its own")
+        self._require_ddp_or_fsdp(start)
+        if (self.distributed.num_processes or size) % size:
+            raise ValueError(
+                f"{start} does not divide distributed.num_processes={self.distributed.num_processes}; take a divisor, or "
+                "another number of processes"
+            )
         if self.distributed.cpu_offload:
             raise ValueError(f"{start} keeps weights on the device; set distributed.cpu_offload=false")
         if model.kv_heads % size:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from ultrathink_model.data.hub import HubSource
 from ultrathink_model.data.intake import SPLITS, Intake
 from ultrathink_model.data.manifest import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     MEDIA_FOLDER,
     CleaningPart,
     DataManifest,
@@ -29,11 +31,14 @@ from ultrathink_model.data.sources import Ingredient
 from ultrathink_model.data.tokenize import write_source
 from ultrathink_model.data.tokenizer import Tokenizer, check_fits
 from ultrathink_model.data.tokenizer_choice import choose_tokenizer
-from ultrathink_model.errors import DataError
+from ultrathink_model.errors import DataError, SourceLostError
 
 QUARANTINE_NAME = "quarantine.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 BUILD_NAME = "build.txt"
+# Of what a half-built folder holds beside the data.
+RECORDS_VERSION = 2
+STREAMED_BY = "datasets-"
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +54,21 @@ def build_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
     if folder.exists():
         shutil.rmtree(folder)
     part = folder.parent / f".{fingerprint}.part"
-    _begin(part, _stream_revisions(ingredients))
+    is_filled = (part / MANIFEST_NAME).is_file()
+    if not is_filled:
+        _begin(part, ingredients)
     try:
-        _fill_folder(config, ingredients, fingerprint, part)
+        if not is_filled:
+            _fill_folder(config, ingredients, fingerprint, part)
         _require_unchanged(ingredients)
-        (part / BUILD_NAME).unlink()
+        _remove_records(part)
         _sync_tree(part)
         part.rename(folder)
         _sync(folder.parent)
+    except (SourceLostError, OSError):
+        raise
     except Exception:
-        # What failed would fail again; only what was killed or interrupted is worth going on with.
+        # What failed would fail again; only what was cut short is worth going on with.
         shutil.rmtree(part, ignore_errors=True)
         raise
 
@@ -69,21 +79,31 @@ def _require_unchanged(ingredients: list[Ingredient]) -> None:
             raise DataError(f"data.dataset={ingredient.source.name} changed while it was read; start again.")
 
 
-def _stream_revisions(ingredients: list[Ingredient]) -> list[str]:
-    sources = [ingredient.source for ingredient in ingredients]
-    return [source.revision for source in sources if isinstance(source, HubSource) and source.revision]
+def _begin(part: Path, ingredients: list[Ingredient]) -> None:
+    """Takes up a half-built folder of this same version and of the same revisions of streams, or begins a new one.
 
-
-def _begin(part: Path, revisions: list[str]) -> None:
-    """Takes up a half-built folder of this same version and of the same revisions of streams, or begins a new one."""
-    made_by = " ".join([f"{FORMAT_VERSION} {__version__}", *revisions]) + "\n"
+    Raises:
+        SourceLostError: It holds a part of a stream whose hub does not answer.
+    """
+    made_by = f"{FORMAT_VERSION} {RECORDS_VERSION} {__version__}"
+    streams = [part.source for part in ingredients if isinstance(part.source, HubSource) and part.source.streaming]
+    revisions = [source.revision for source in streams if source.revision]
     record = part / BUILD_NAME
-    if record.is_file() and record.read_text(encoding="utf-8") == made_by:
+    found = record.read_text(encoding="utf-8") if record.is_file() else ""
+    if len(revisions) < len(streams) and STREAMED_BY in found:
+        raise SourceLostError(
+            f"{part} holds a part of data.dataset={', '.join(source.name for source in streams)}, and the hub does not "
+            "answer; start again with a network, which goes on from there, or remove the folder."
+        )
+    if revisions:
+        # The states of streams are those of the library.
+        made_by = " ".join([made_by, f"{STREAMED_BY}{version('datasets')}", *revisions])
+    if found == made_by + "\n":
         logger.info("going on with the preparation in %s, which was cut short", part)
         return
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    record.write_text(made_by, encoding="utf-8")
+    record.write_text(made_by + "\n", encoding="utf-8")
 
 
 def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str, part: Path) -> None:
@@ -101,17 +121,16 @@ def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str
     ):
         manifest, samples = _write_sources(config, ingredients, fingerprint, part, media)
     if parts:
-        # Bad rows were left out before cleaning.
-        taken = [{"rows": source.rows, "quarantined": source.quarantined} for source in extracted]
-        sources = [info.model_copy(update=update) for info, update in zip(manifest.sources, taken, strict=True)]
+        # Bad rows were left out before cleaning, and what it left was read again.
+        sources = [
+            info.model_copy(update={"rows": source.rows, "quarantined": source.quarantined + info.quarantined})
+            for info, source in zip(manifest.sources, extracted, strict=True)
+        ]
         quarantined = sum(info.quarantined for info in sources)
         manifest = manifest.model_copy(update={"sources": sources, "quarantined": quarantined, "cleaning": parts})
     _collect_quarantine(manifest, part)
     write_card(manifest, samples, part)
     save_manifest(manifest, part)
-    for record in part.glob("source_*.json"):
-        record.unlink()
-    shutil.rmtree(part / "cleaning", ignore_errors=True)
     size = sum(split.bytes for split in manifest.splits.values()) / 1e6
     seconds = time.monotonic() - started
     logger.info("prepared %.1f MB of text in %.1f s (%.1f MB/s)", size, seconds, size / seconds)
@@ -172,20 +191,29 @@ def _settle_tokenizer(
         check_fits(tokenizer.vocab_size, config.model.vocab_size, config.data.tokenizer_name)
         unfinished = part / f".{TOKENIZER_FOLDER}"
         tokenizer.save(unfinished)
+        if media is not None:
+            # The next start numbers them in this order.
+            media.sync()
         unfinished.rename(folder)
     return Tokenizer.load(folder)
 
 
 def _collect_quarantine(manifest: DataManifest, part: Path) -> None:
-    """Joins the sources' bad rows in `quarantine.jsonl`; those found before cleaning are in it already."""
-    with (part / QUARANTINE_NAME).open("a", encoding="utf-8") as target:
+    """Joins the bad rows of cleaning and of the sources in `quarantine.jsonl`."""
+    if not manifest.quarantined:
+        return
+    with (part / QUARANTINE_NAME).open("w", encoding="utf-8") as target:
         for file in sorted(part.glob("quarantine_*.jsonl")):
             target.write(file.read_text(encoding="utf-8"))
-            file.unlink()
-    if manifest.quarantined:
-        logger.warning("%d rows are in %s", manifest.quarantined, QUARANTINE_NAME)
-    else:
-        (part / QUARANTINE_NAME).unlink()
+    logger.warning("%d rows are in %s", manifest.quarantined, QUARANTINE_NAME)
+
+
+def _remove_records(part: Path) -> None:
+    """Removes what a preparation that is cut short goes on from, once the manifest says that there is no more to do."""
+    shutil.rmtree(part / "cleaning", ignore_errors=True)
+    for pattern in ("progress_*", "hashes_*", "source_*", "quarantine_*", BUILD_NAME):
+        for path in part.glob(pattern):
+            path.unlink()
 
 
 def _sync_tree(folder: Path) -> None:

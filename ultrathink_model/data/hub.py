@@ -18,7 +18,7 @@ from ultrathink_model.data.document import BadRow, Row
 from ultrathink_model.data.known import KnownDataset
 from ultrathink_model.data.manifest import Split
 from ultrathink_model.data.media_values import COLUMNS
-from ultrathink_model.errors import DataError
+from ultrathink_model.errors import DataError, SourceLostError
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,14 @@ class HubSource:
             return None
         return StreamPlace(row=row, state=state[1], state_row=state[0])
 
-    def _with_states(self, rows: Any, first: int) -> Iterator[Mapping[str, object]]:
-        """The rows of a stream, whose state is kept now and then."""
+    def _with_states(self, rows: Any, place: StreamPlace | None) -> Iterator[Mapping[str, object]]:
+        """The rows of a stream from a place's state on; its state is kept now and then."""
         self._states.clear()
+        first = 0
+        if place is not None:
+            first = place.state_row
+            self._states.append((first, place.state))
+            rows.load_state_dict(place.state)
         for number, row in enumerate(rows, start=first + 1):
             # The state after this row.
             if number % STATE_ROWS == 0:
@@ -114,15 +119,10 @@ class HubSource:
 
     def _read(self, rows: Any, file: str, place: StreamPlace | None) -> Iterator[Row]:
         column = self._known.text_column
-        first = 0
-        if place is not None:
-            rows.load_state_dict(place.state)
-            first = place.row
         if hasattr(rows, "state_dict"):
-            rows = self._with_states(rows, place.state_row if place else 0)
-            rows = islice(rows, place.row - place.state_row if place else 0, None)
+            rows = islice(self._with_states(rows, place), place.row - place.state_row if place else 0, None)
         try:
-            for number, row in enumerate(rows, start=first + 1):
+            for number, row in enumerate(rows, start=place.row + 1 if place else 1):
                 if column not in row:
                     raise DataError(
                         f"{file} has no column {column!r} but {', '.join(row)}; set data.text_column to one of them."
@@ -134,7 +134,9 @@ class HubSource:
                     **({name: row.get(name) for name in COLUMNS.values()} if self._media else {}),
                 )
         except (HTTPError, OSError) as error:
-            raise DataError(f"{file}: the hub was lost while it was read ({error}); start again.") from None
+            raise SourceLostError(
+                f"{file}: the hub was lost while it was read ({error}); start again, which goes on from there."
+            ) from None
 
     @property
     def revision(self) -> str | None:

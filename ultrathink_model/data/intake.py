@@ -1,6 +1,7 @@
 """Intake: a source's rows checked against the schema, the bad ones quarantined, the good ones split."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -107,6 +108,12 @@ class Intake:
         self._start, self.rows = state, state.rows
         self._seen, self._rules, self._examples = Counter(state.seen), Counter(state.rules), state.examples
 
+    def sync(self) -> None:
+        """Forces the bad rows to the disk."""
+        if self._quarantine_size():
+            with self._quarantine_file.open("rb") as file:  # type: ignore[union-attr]
+                os.fsync(file.fileno())
+
     def _quarantine_size(self) -> int:
         file = self._quarantine_file
         return file.stat().st_size if file is not None and file.is_file() else 0
@@ -148,9 +155,12 @@ class Intake:
             yield from hold_out(self._rows("train"), self._data.validation_every, kept)
 
     def _rows(self, split: Split) -> Iterator[Found]:
-        start = self._start if self._start and self._start.split == split else None
-        self._split, self._read, self._kept = split, start.place.row if start else 0, start.kept if start else 0
-        rows = self._source.rows(split, start.place) if start else self._source.rows(split)  # type: ignore[call-arg]
+        self._split, self._read, self._kept = split, 0, 0
+        if self._start is not None and self._start.split == split and isinstance(self._source, ResumableSource):
+            self._read, self._kept = self._start.place.row, self._start.kept
+            rows = self._source.rows(split, self._start.place)
+        else:
+            rows = self._source.rows(split)
         for item in check_rows(rows, media=self.media is not None):
             if split == "train" and self.train_full:
                 return

@@ -189,8 +189,10 @@ class DataManifest(BaseModel):
 
 
 def save_manifest(manifest: DataManifest, folder: Path) -> None:
-    """Writes `manifest.json` into `folder`; the folder's own path is left out, so that it can be moved."""
-    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2, exclude={"path"}) + "\n", encoding="utf-8")
+    """Writes `manifest.json` into `folder`, in one step; the folder's own path is left out, so that it can be moved."""
+    part = folder / f"{MANIFEST_NAME}.part"
+    part.write_text(manifest.model_dump_json(indent=2, exclude={"path"}) + "\n", encoding="utf-8")
+    part.replace(folder / MANIFEST_NAME)
 
 
 def load_manifest(folder: str | Path) -> DataManifest:

@@ -98,19 +98,13 @@ def write_source(
         return Finished.model_validate_json(finished.read_bytes())
     record, hashes = folder / f"progress_{number}.json", folder / f"hashes_{number}.bin"
     done = Progress.model_validate_json(record.read_bytes()) if record.is_file() else Progress()
-    quarantine = folder / f"quarantine_{number}.jsonl"
-    if quarantine.is_file():
-        os.truncate(quarantine, done.reading.intake.quarantine_bytes if done.reading else 0)
-    intake, notes = Intake(ingredient.source, config.data, quarantine, media), Notes()
-    logger.info("tokenizing %s", intake.name + (f" from document {done.documents + 1} on" if done.documents else ""))
+    intake = _open_intake(config, ingredient, folder / f"quarantine_{number}.jsonl", media, done)
+    notes = Notes()
+    if done.reading is not None:
+        notes.go_on(done.reading.notes, hashes)
     sizes = {split: size.model_copy() for split, size in done.sizes.items()}
     bound = tokens_needed(config, ingredient)
-    told, noted, count = time.monotonic(), 0, 0
-    if done.reading is not None:
-        intake.go_on(done.reading.intake)
-        notes.go_on(done.reading.notes, hashes)
-        count = done.documents
-        intake.train_full = sizes["train"].tokens >= bound
+    told, noted, count = time.monotonic(), 0, done.documents if done.reading else 0
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(ShardWriter(folder, f"{split}/{number}", dtype, state=done.writers[split]))
@@ -131,6 +125,7 @@ def write_source(
             if noted >= NOTED_CHARACTERS:
                 noted = 0
                 # What the progress counts must outlast a kill.
+                intake.sync()
                 if media is not None:
                     media.sync()
                 for index in indices.values():
@@ -156,6 +151,7 @@ def write_source(
         splits={split: _split_info(config, sizes[split], writers[split], folder, split, number) for split in SPLITS},
         shards={split: writers[split].shards for split in SPLITS},
     )
+    intake.sync()
     if media is not None:
         media.sync()
     done_with = Finished(info=info, samples=notes.samples)
@@ -163,6 +159,20 @@ def write_source(
     record.unlink(missing_ok=True)
     hashes.unlink(missing_ok=True)
     return done_with
+
+
+def _open_intake(
+    config: Config, ingredient: Ingredient, quarantine: Path, media: MediaWriter | None, done: Progress
+) -> Intake:
+    """The reading of a source, and its bad rows, where they were when the progress was noted."""
+    if quarantine.is_file():
+        os.truncate(quarantine, done.reading.intake.quarantine_bytes if done.reading else 0)
+    intake = Intake(ingredient.source, config.data, quarantine, media)
+    logger.info("tokenizing %s", intake.name + (f" from document {done.documents + 1} on" if done.documents else ""))
+    if done.reading is not None:
+        intake.go_on(done.reading.intake)
+        intake.train_full = done.sizes["train"].tokens >= tokens_needed(config, ingredient)
+    return intake
 
 
 def _split_info(config: Config, size: Size, writer: ShardWriter, folder: Path, split: Split, number: str) -> SplitInfo:
@@ -203,7 +213,10 @@ def encode_documents(
 
 def _write_record(record: Path, values: BaseModel) -> None:
     part = record.with_suffix(".part")
-    part.write_text(values.model_dump_json(), encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(values.model_dump_json())
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(record)
 
 

@@ -63,7 +63,7 @@ def _blocked_attention_backward(
     for rows, weights in _blocks(query, key, kept):
         out_grad, past = _of_block(grad, key, rows), slice(rows.stop)
         # Added apart: a product that adds into a part of a tensor goes matrix by matrix.
-        values_grad[:, past] += torch.bmm(weights.mT, out_grad)
+        values_grad[:, past].add_(torch.bmm(weights.mT, out_grad))
         weights_grad = torch.bmm(out_grad, values[:, past].mT)
         scores_grad = torch.ops.aten._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
         part = torch.bmm(scores_grad, keys[:, past])

@@ -82,7 +82,7 @@ def training_memory(config: Config, strategy: str, ranks: int) -> Memory:
     be full of them.
     """
     tensor_ranks = config.distributed.tensor_parallel_size
-    ranks = max(1, ranks // tensor_ranks)
+    ranks = ranks // tensor_ranks
     parameters, shares = count_parameters(config), sharding(strategy, config.distributed.zero_stage, ranks)
     matrices = sum(parameters.parts.get(name, 0) for name in ("attention", "feed-forward"))
     held = parameters.total - matrices * (1 - 1 / tensor_ranks)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ultrathink_model.config import Config
+from ultrathink_model.errors import ConfigError
 from ultrathink_model.planning.compute import forward_flops_per_token, training_flops_per_token
 from ultrathink_model.planning.hardware import Device
 from ultrathink_model.planning.media import media_flops_per_token
@@ -67,7 +68,16 @@ def make_plan(config: Config, ranks: int = 1, samples: int | None = None) -> Pla
         config: The run.
         ranks: Ranks, one a device.
         samples: Training sequences; None takes what the config says.
+
+    Raises:
+        ConfigError: The ranks make no whole rows of `distributed.tensor_parallel_size`.
     """
+    size = config.distributed.tensor_parallel_size
+    if ranks % size:
+        raise ConfigError(
+            f"distributed.tensor_parallel_size={size} does not divide the {ranks} ranks of the plan; say --ranks {size}, or a "
+            "multiple of it"
+        )
     parameters = count_parameters(config)
     checkpoint = checkpoint_bytes(config)
     strategy = planned_strategy(config, ranks)
@@ -99,7 +109,7 @@ def _training_tokens(config: Config, ranks: int, samples: int | None) -> int | N
     training, length = config.training, config.model.max_seq_length
     if samples is not None:
         return samples * length
-    rows = max(1, ranks // config.distributed.tensor_parallel_size)
+    rows = ranks // config.distributed.tensor_parallel_size
     batch = training.global_batch_size or training.batch_size * training.gradient_accumulation_steps * rows
     bounds = [
         training.max_tokens,

@@ -41,6 +41,7 @@ class MlflowStore:
 
     def __init__(self, config: LoggingConfig) -> None:
         self._config = config
+        self._uri = _anchored(config.mlflow_tracking_uri)
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
         self.safe_uri = CREDENTIALS.sub("://***@", config.mlflow_tracking_uri)
@@ -57,7 +58,7 @@ class MlflowStore:
             from mlflow import MlflowClient  # noqa: PLC0415 - seconds long, and not needed by every run
 
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-            self._client = MlflowClient(tracking_uri=_anchored(self._config.mlflow_tracking_uri))
+            self._client = MlflowClient(tracking_uri=self._uri)
         return self._client
 
     def experiment_id(self) -> str:
@@ -144,7 +145,7 @@ def _anchored(uri: str) -> str:
     For one address MLflow keeps the same connections as long as the process lives, also once that is in another folder.
     """
     path = uri.removeprefix(SQLITE)
-    if path == uri or path in ("", ":memory:"):
+    if path == uri or path in ("", ":memory:") or path.startswith("file:"):
         return uri
     return SQLITE + str(Path(path).absolute())
 

@@ -135,7 +135,7 @@ def restore(trainer: Trainer, point: ResumePoint) -> None:
         trainer.average.load_state_dict(tensors["average"]) if has_part["average"] else trainer.average.begin()
     rank_state = read_rank_state(point.folder, context.first_of_row)
     if rank_state is None:
-        logger.info("%s has no generators of rank %d, which draws anew", point.folder, context.rank)
+        logger.info("%s has no generators of rank %d, which draws anew", point.folder, context.first_of_row)
     else:
         restore_generators(rank_state, context.device)
     logger.info("goes on after step %d of %s", trainer.position.step, point.folder)

@@ -161,6 +161,7 @@ class Trainer:
             micro_batches = next(self._batches)
             whole = self._agree(micro_batches)
             if whole.is_signalled or whole.is_late:
+                self._watch.rest()
                 return "stopped" if whole.is_signalled else "finished"
             try:
                 self._train_step(micro_batches, whole)

@@ -119,6 +119,8 @@ class RankWatch:
                 if not other.is_still:
                     _file_of(self._folder, rank).unlink(missing_ok=True)
             with self._last_words:
+                if self._is_over.is_set():
+                    return
                 self._speak(is_still=True)
                 time.sleep(LAST_WORDS_SECONDS)
                 if self._stands_still(count, limit):

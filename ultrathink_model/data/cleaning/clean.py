@@ -59,7 +59,7 @@ def clean(
 ) -> tuple[list[Ingredient], list[CleaningPart], list[ExtractedSource]]:
     """Cleans the sources of a mixture together: a document that two of them hold is kept once.
 
-    Works in `folder/cleaning`, from where a killed preparation goes on, and leaves `folder/quarantine.jsonl` and
+    Works in `folder/cleaning`, from where a killed preparation goes on, and leaves `folder/quarantine_cleaning.jsonl` and
     `folder/removed.jsonl`. What comes out depends neither on the executor nor on its workers.
 
     Returns:
@@ -73,7 +73,7 @@ def clean(
     _check_languages(config.cleaning.languages)
     work = (folder / "cleaning").resolve()
     logger.info("cleaning: taking the documents out of %s", ", ".join(part.source.name for part in ingredients))
-    extracted = extract(config, ingredients, work / "documents", folder / "quarantine.jsonl")
+    extracted = extract(config, ingredients, work / "documents", folder / "quarantine_cleaning.jsonl")
     tasks = extracted.sources[-1].last_task
     _write_indices(config, work, tasks)
     plan = plan_stages(config.cleaning, work)

@@ -152,9 +152,15 @@ class _RankWorker(ray_executor.RankWorker):
         self, executor_ref: ray_executor.RayPipelineExecutor, ranks: list[int], node_ips: list[str], node_idx: int
     ) -> PipelineStats:
         os.environ |= {"RAY_NODELIST": ",".join(node_ips), "RAY_NODEID": str(node_idx)}
+        failures = []
         for rank in ranks:
-            # The first task of all, 0, shows everything on the terminal.
-            executor_ref._run_for_rank(rank, 1)
+            try:
+                # Local rank 0 would print its log on the terminal.
+                executor_ref._run_for_rank(rank, 1)
+            except Exception as error:  # noqa: BLE001 - raised below, once the others are done
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return PipelineStats()
 
 
