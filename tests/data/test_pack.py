@@ -1,22 +1,33 @@
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ultrathink_model.data import shards
 from ultrathink_model.data.pack import IGNORED, BestFitRows, StreamRows, pack_best_fit, read_row
-from ultrathink_model.data.shards import ShardWriter, TokenStream, WriterState, read_ends
+from ultrathink_model.data.shards import PIECE_TOKENS, ShardWriter, TokenStream, WriterState, read_ends
 
 EOS, PAD = 1, 0
 DOCUMENTS = st.lists(st.lists(st.integers(2, 60_000), max_size=30), min_size=1, max_size=12)
 
 
-def write_stream(root, documents, shard_tokens):
-    with ShardWriter(root, "train/00", "uint16", shard_tokens) as writer:
+def write_stream(root, documents, shard_tokens, piece_tokens=PIECE_TOKENS, threads=1):
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        ShardWriter(root, "train/00", "uint16", pool, shard_tokens=shard_tokens, piece_tokens=piece_tokens) as writer,
+    ):
         for tokens in documents:
             writer.add([*tokens, EOS])
     return TokenStream(root, writer.shards, "uint16")
+
+
+def contents(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("0*.*")}
 
 
 @given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), length=st.integers(1, 20))
@@ -62,7 +73,7 @@ def test_a_document_that_begins_a_row_is_opened_by_the_end_of_the_one_before(tmp
 
 
 def test_shards_end_with_a_document_and_hold_no_pickle(tmp_path):
-    with ShardWriter(tmp_path, "train/00", "uint32", shard_tokens=5) as writer:
+    with ThreadPoolExecutor() as pool, ShardWriter(tmp_path, "train/00", "uint32", pool, shard_tokens=5) as writer:
         for tokens in ([70_000, 1], [2, 3, 1], [4, 5, 6, 7, 8, 9, 1], [1]):
             writer.add(tokens)
     assert [(shard.tokens, shard.documents) for shard in writer.shards] == [(5, 2), (7, 1), (1, 1)]
@@ -109,21 +120,53 @@ def test_best_fit_leaves_at_most_one_row_half_empty(lengths):
 
 def test_a_writer_that_was_cut_goes_on_and_the_shards_are_the_same(tmp_path):
     documents = [[number] * (number % 7 + 1) for number in range(2, 60)]
-    whole = write_stream(tmp_path / "whole", documents, 50)
-    first = ShardWriter(tmp_path / "cut", "train/00", "uint16", 50)
-    for tokens in documents[:20]:
-        first.add([*tokens, EOS])
-    state = WriterState.model_validate_json(first.state().model_dump_json())
-    for tokens in documents[20:40]:  # written, but lost with the process
-        first.add([*tokens, EOS])
-    for file in first._files:
-        file.close()
-    with ShardWriter(tmp_path / "cut", "train/00", "uint16", 50, state) as second:
+    write_stream(tmp_path / "whole", documents, 50)
+    sizes = {"shard_tokens": 50, "piece_tokens": 20}
+    with ThreadPoolExecutor(4) as pool:
+        first = ShardWriter(tmp_path / "cut", "train/00", "uint16", pool, **sizes)
+        for tokens in documents[:20]:
+            first.add([*tokens, EOS])
+        state = WriterState.model_validate_json(first.state().model_dump_json())
+        for tokens in documents[20:40]:  # written, but lost with the process
+            first.add([*tokens, EOS])
+    with (
+        ThreadPoolExecutor(4) as pool,
+        ShardWriter(tmp_path / "cut", "train/00", "uint16", pool, **sizes, state=state) as second,
+    ):
         for tokens in documents[20:]:
             second.add([*tokens, EOS])
-    again = TokenStream(tmp_path / "cut", second.shards, "uint16")
-    for ours, theirs in zip(again.read(0, len(again)), whole.read(0, len(whole)), strict=True):
-        assert ours.tolist() == theirs.tolist()
-    assert sorted(path.name for path in (tmp_path / "cut").rglob("*.bin")) == sorted(
-        path.name for path in (tmp_path / "whole").rglob("*.bin")
-    )
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), piece_tokens=st.integers(1, 30))
+def test_the_bytes_are_the_same_however_many_pieces_and_threads_write_them(documents, shard_tokens, piece_tokens):
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = Path(folder, "one"), Path(folder, "many")
+        write_stream(one, documents, shard_tokens)
+        write_stream(many, documents, shard_tokens, piece_tokens, threads=4)
+        assert contents(one) == contents(many)
+
+
+def test_pieces_and_shards_are_written_at_the_same_time(tmp_path, monkeypatch):
+    # Each write waits for three others: one by one they would never end.
+    together, write_at, writing = threading.Barrier(4, timeout=30), shards._write_at, set()
+
+    def write_together(path, place, values):
+        writing.add(path.name)
+        together.wait()
+        write_at(path, place, values)
+
+    monkeypatch.setattr(shards, "_write_at", write_together)
+    documents = [[number] * 9 for number in range(2, 10)]
+    stream = write_stream(tmp_path, documents, shard_tokens=20, piece_tokens=10, threads=4)
+    assert stream.read(0, len(stream))[0].tolist() == [token for tokens in documents for token in [*tokens, EOS]]
+    assert {"00000.bin", "00001.bin", "00003.ends"} <= writing
+
+
+def test_a_piece_that_cannot_be_written_is_the_writers_error_and_ends_the_others(tmp_path, monkeypatch):
+    def fail(path, place, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "_write_at", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_stream(tmp_path, [[2] * 9] * 40, shard_tokens=1000, piece_tokens=10, threads=4)

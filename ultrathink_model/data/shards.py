@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterable
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
@@ -14,7 +14,10 @@ from ultrathink_model.data.manifest import ShardInfo
 
 # 2**27 tokens are 256 or 512 MB on disk: few files, yet each small enough to copy or check alone.
 SHARD_TOKENS = 2**27
-END_BYTES = 8
+# Tokens that one task writes, and tasks of a writer that may wait: at most 32 MB of memory.
+PIECE_TOKENS = 2**20
+PIECES_AHEAD = 8
+END_TYPE = np.dtype("<i8")
 
 
 class WriterState(BaseModel):
@@ -28,25 +31,41 @@ class WriterState(BaseModel):
 class ShardWriter:
     """Writes documents into numbered shards of one folder; a document never spans two shards.
 
+    Where each piece of a shard goes is settled as its documents come, so that the bytes are the same however many
+    pieces, of one shard or of several, are written at the same time.
+
     Args:
         root: Folder that the shards' names are given within.
         folder: Where in it they go.
         dtype: Type of a token.
+        pool: Writes the pieces.
         shard_tokens: Tokens after which a shard is closed.
+        piece_tokens: Tokens after which a piece is handed to the pool.
         state: Where an earlier writer stopped; what it wrote after that is cut off.
     """
 
     def __init__(
-        self, root: Path, folder: str, dtype: str, shard_tokens: int = SHARD_TOKENS, state: WriterState | None = None
+        self,
+        root: Path,
+        folder: str,
+        dtype: str,
+        pool: Executor,
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+        piece_tokens: int = PIECE_TOKENS,
+        state: WriterState | None = None,
     ) -> None:
         state = state or WriterState()
         self.shards = list(state.shards)
-        self._root, self._folder, self._dtype, self._limit = root, folder, np.dtype(dtype), shard_tokens
+        self._root, self._folder, self._dtype, self._pool = root, folder, np.dtype(dtype), pool
+        self._shard_tokens, self._piece_tokens = shard_tokens, piece_tokens
         self._tokens, self._documents = state.tokens, state.documents
-        self._files: tuple[BinaryIO, BinaryIO] | None = None
+        self._piece: list[np.ndarray] = []
+        self._piece_start = self._tokens
+        self._writes: list[Future[None]] = []
         (root / folder).mkdir(parents=True, exist_ok=True)
         if self._documents:
-            self._open("r+b")
+            self._set_sizes("r+b")
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -56,47 +75,76 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self._close_shard()
+            self.state()
         else:
-            for file in self._files or ():
-                file.close()
+            # The next start may be in this process, and writes the same files.
+            for write in self._writes:
+                write.cancel()
+            wait(self._writes)
 
     def add(self, tokens: Iterable[int]) -> int:
-        """Appends one document and says how many tokens it has."""
+        """Appends one document and says how many tokens it has.
+
+        Raises:
+            OSError: An earlier piece could not be written.
+        """
         values = np.fromiter(tokens, dtype=self._dtype)
-        if self._documents and self._tokens + values.size > self._limit:
+        if self._documents and self._tokens + values.size > self._shard_tokens:
             self._close_shard()
-        if self._files is None:
-            self._open("wb")
-        assert self._files is not None
+        if not self._documents:
+            self._set_sizes("wb")
         self._tokens += values.size
         self._documents += 1
-        self._files[0].write(values.tobytes())
-        self._files[1].write(self._tokens.to_bytes(END_BYTES, "little"))
+        self._piece.append(values)
+        if self._tokens - self._piece_start >= self._piece_tokens:
+            self._hand_over()
         return int(values.size)
 
     def state(self) -> WriterState:
-        """Where the writer is, once all that is on disk."""
-        for file in self._files or ():
-            file.flush()
-            os.fsync(file.fileno())
+        """Where the writer is, once all that is on disk.
+
+        Raises:
+            OSError: A piece could not be written.
+        """
+        self._hand_over()
+        self._await_writes(0)
         return WriterState(shards=self.shards, tokens=self._tokens, documents=self._documents)
 
-    def _open(self, mode: str) -> None:
-        tokens, ends = ((self._root / self._name(kind)).open(mode) for kind in ("bin", "ends"))
-        for file, size in ((tokens, self._tokens * self._dtype.itemsize), (ends, self._documents * END_BYTES)):
-            file.truncate(size)
-            file.seek(size)
-        self._files = tokens, ends  # type: ignore[assignment]
+    def _hand_over(self) -> None:
+        """Has the documents that were gathered written at their places in the open shard."""
+        if not self._piece:
+            return
+        self._await_writes(PIECES_AHEAD - 1)
+        ends = self._piece_start + np.cumsum([values.size for values in self._piece], dtype=END_TYPE)
+        first = self._documents - len(self._piece)
+        tokens_file, ends_file = self._paths()
+        self._writes.append(self._pool.submit(_write_at, tokens_file, self._piece_start, np.concatenate(self._piece)))
+        self._writes.append(self._pool.submit(_write_at, ends_file, first, ends))
+        self._piece, self._piece_start = [], self._tokens
+
+    def _await_writes(self, most: int) -> None:
+        """Waits until at most so many pieces are unwritten."""
+        while len(self._writes) > 2 * most:
+            self._writes[0].result()
+            self._writes.pop(0)
+
+    def _paths(self) -> tuple[Path, Path]:
+        return self._root / self._name("bin"), self._root / self._name("ends")
 
     def _name(self, kind: str) -> str:
         return f"{self._folder}/{len(self.shards):05d}.{kind}"
 
+    def _set_sizes(self, mode: str) -> None:
+        """Opens the shard's files and makes them as long as what is known to be in them."""
+        sizes = self._tokens * self._dtype.itemsize, self._documents * END_TYPE.itemsize
+        for path, size in zip(self._paths(), sizes, strict=True):
+            with path.open(mode) as file:
+                file.truncate(size)
+
     def _close_shard(self) -> None:
-        if self._files is None:
+        if not self._documents:
             return
-        self.state()
-        for file in self._files:
-            file.close()
+        self._hand_over()
         info = ShardInfo(
             tokens_file=self._name("bin"),
             documents_file=self._name("ends"),
@@ -104,12 +152,21 @@ class ShardWriter:
             documents=self._documents,
         )
         self.shards.append(info)
-        self._files, self._tokens, self._documents = None, 0, 0
+        self._tokens = self._documents = self._piece_start = 0
+
+
+def _write_at(path: Path, place: int, values: np.ndarray) -> None:
+    """Writes values from the `place`-th of a file on, and forces them to the disk."""
+    with path.open("r+b") as file:
+        file.seek(place * values.itemsize)
+        file.write(values.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_ends(root: Path, shard: ShardInfo) -> Int64[np.ndarray, " documents"]:
     """The offsets just past the last token of each document of a shard, rising, mapped from the file."""
-    return np.memmap(root / shard.documents_file, dtype="<i8", mode="r").view(np.ndarray)
+    return np.memmap(root / shard.documents_file, dtype=END_TYPE, mode="r").view(np.ndarray)
 
 
 class TokenStream:

@@ -1,10 +1,11 @@
-"""Tokenizing: one source's documents, encoded on all processors and written as shards."""
+"""Tokenizing: one source's documents, encoded on all processors and written as shards, several pieces at once."""
 
 import logging
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,6 +31,8 @@ BATCH_CHARACTERS = 2**22
 # A killed preparation goes on from where it last took note, at most this much text before.
 NOTED_CHARACTERS = 2**26
 PROGRESS_SECONDS = 15.0
+# They wait for the disk while the processors encode what comes next.
+WRITING_THREADS = 4
 
 
 class Size(BaseModel):
@@ -106,8 +109,9 @@ def write_source(
     bound = tokens_needed(config, ingredient)
     told, noted, count = time.monotonic(), 0, done.documents if done.reading else 0
     with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(WRITING_THREADS, "shards"))
         writers = {
-            split: stack.enter_context(ShardWriter(folder, f"{split}/{number}", dtype, state=done.writers[split]))
+            split: stack.enter_context(ShardWriter(folder, f"{split}/{number}", dtype, pool, state=done.writers[split]))
             for split in SPLITS
         }
         indices = _open_indices(stack, folder, number, done) if media else {}
