@@ -61,14 +61,15 @@ class Attention(nn.Module):
             mask = tokens.self_mask
         else:
             key, value, mask = cache.append(key, value, tokens)
-        mixed = self._attend(query, key.to(query.dtype), value.to(query.dtype), mask)
+        if self.fused_kernels and takes_blocks(query) and (mask is None or cache is None):
+            mixed = blocked_attention(query, key, value, mask)
+        else:
+            mixed = self._attend(query, key.to(query.dtype), value.to(query.dtype), mask)
         return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.num_kv_heads != self.num_heads
         triangle = mask is None and query.shape[2] > 1
-        if self.fused_kernels and mask is None and takes_blocks(query):
-            return blocked_attention(query, key, value)
         if self.fused_kernels:
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=triangle, enable_gqa=grouped)
         with sdpa_kernel(SDPBackend.MATH):
