@@ -3,9 +3,9 @@
     python benchmarks/training.py engine       what our loop costs over the bare model step
     python benchmarks/training.py ranks        two gloo ranks with a thread each, beside one process with two
     python benchmarks/training.py checkpoints  what a save costs, and how long training waits for it
-    python benchmarks/training.py peers        transformers.Trainer and a plain loop, from the command line
+    python benchmarks/training.py peers        transformers.Trainer, litgpt and a GPT-2 in a plain loop, from the command line
 
-Without a word: all of them. `--size 7M|50M` picks the decoder; `--steps` the steps of each run.
+Without a word: all of them. `--size 7M|50M` picks the decoder; `--steps` the steps of each run; `--only` some contenders.
 """
 
 import argparse
@@ -15,10 +15,13 @@ import logging
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,9 +49,25 @@ from ultrathink_model.training.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).resolve().parent / "peers"
 SIZES = {
-    "7M": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "intermediate_size": 704, "vocab_size": 8192},
-    "50M": {"hidden_size": 576, "num_layers": 12, "num_heads": 9, "intermediate_size": 1536, "vocab_size": 8192},
+    "7M": {
+        "hidden_size": 256,
+        "num_layers": 6,
+        "num_heads": 4,
+        "intermediate_size": 688,
+        "vocab_size": 4096,
+        "tie_embeddings": False,
+    },
+    "50M": {
+        "hidden_size": 576,
+        "num_layers": 12,
+        "num_heads": 9,
+        "intermediate_size": 1536,
+        "vocab_size": 8192,
+        "tie_embeddings": True,
+    },
 }
+CONTENDERS = ["Trainer", "ultrathink", "litgpt", "GPT-2 loop"]
+COMPILED = ", compiled"
 SEQUENCE_LENGTH = 256
 EVAL_SEQUENCES = 16
 # The first steps choose kernels and fill caches.
@@ -179,66 +198,120 @@ def ranks(arguments: argparse.Namespace) -> None:
 
 
 def peers(arguments: argparse.Namespace) -> None:
-    """Whole runs from the command line: data, logging, and an evaluation and a checkpoint half way included.
+    """Whole runs from the command line, in turns: data, logging, evaluations and checkpoints included.
 
-    The clock runs from the end of the first steps to the end of the last step but one: ours then begins to evaluate
-    on the whole validation split, which the others do not.
+    Each runs for some seconds while the others are stopped. Its clock, of its own turns only, goes from the step after
+    the first evaluation and checkpoint, where all is compiled, to the last step but one: ours then begins to evaluate on
+    the whole validation split, which the others do not.
     """
     folder = arguments.folder / "peers"
-    half = arguments.steps // 2
-    manifest = prepare_data(make_run(arguments, folder / "ours"))
-    steps = arguments.steps - 1 - WARM_STEPS
+    folder.mkdir()
+    manifest = prepare_data(make_run(arguments, folder / "data"))
+    first, last = arguments.steps // 4 + 1, arguments.steps - 1
+    runs = {}
+    for name in arguments.only:
+        command = _contender(arguments, name, folder / re.sub(r"\W", "_", name), manifest)
+        runs[name] = WholeRun([sys.executable, "-W", "ignore", *command], _environment(arguments.threads))
+    while waiting := [run for run in runs.values() if not run.is_done]:
+        for run in waiting:
+            run.take_turn(arguments.turn)
+    tokens = (last - first) * arguments.sequences * SEQUENCE_LENGTH
+    rates = {name: tokens / (run.worked[last] - run.worked[first]) for name, run in runs.items()}
+    for name, rate in rates.items():
+        print(
+            f"peers {arguments.size}: {name:22} {rate:7.0f} tokens/s, {rate / rates[arguments.only[0]]:.3f} of "
+            f"{arguments.only[0]}; {runs[name].worked[1]:.1f} s to its first step"
+        )
+
+
+def _contender(arguments: argparse.Namespace, name: str, folder: Path, manifest: DataManifest) -> list[str]:
+    """The command line of a contender's run."""
+    contender, compiled, save_steps = name.removesuffix(COMPILED), name.endswith(COMPILED), arguments.steps // 4
+    if contender == "ultrathink":
+        run = make_run(arguments, folder, compile=compiled, checkpoint_steps=save_steps)
+        run = make_config({**run.model_dump(), "evaluation": {**run.evaluation.model_dump(), "eval_steps": save_steps}})
+        return _our_command(run, folder)
     settings = {
         **SIZES[arguments.size],
+        "model": contender,
         "data": str(manifest.path),
         "sequence_length": SEQUENCE_LENGTH,
         "sequences": arguments.sequences,
         "steps": arguments.steps,
+        "save_steps": save_steps,
         "eval_sequences": EVAL_SEQUENCES,
-        "warm_steps": WARM_STEPS,
+        "compile": compiled,
+        "folder": str(folder),
     }
-    rates = {}
-    for compiled in (False, True) if arguments.compile else (False,):
-        name = "compiled" if compiled else "eager"
-        run = make_run(arguments, folder / f"ours_{name}", compile=compiled, checkpoint_steps=half)
-        run = make_config({**run.model_dump(), "evaluation": {**run.evaluation.model_dump(), "eval_steps": half}})
-        run_ours(run, Path(run.output.output_dir), arguments.threads)
-        times = {row["step"]: row["time"] for row in read_metrics(Path(run.output.output_dir) / "metrics.jsonl")}
-        seconds = times[arguments.steps - 1] - times[WARM_STEPS]
-        rates[f"ours, {name}"] = steps * arguments.sequences * SEQUENCE_LENGTH / seconds
-        for peer in ("hf_trainer", "plain_loop"):
-            text = json.dumps({**settings, "compile": compiled, "folder": str(folder / f"{peer}_{name}")})
-            rates[f"{peer}, {name}"] = run_peer(peer, text, arguments.threads)
-    for name, rate in rates.items():
-        mode = name.rpartition(", ")[2]
-        print(f"peers {arguments.size}: {name:22} {rate:7.0f} tokens/s  ours / it {rates[f'ours, {mode}'] / rate:.3f}")
+    script = "hf_trainer.py" if contender == "Trainer" else "plain_loop.py"
+    return [str(PEERS / script), json.dumps(settings)]
+
+
+class WholeRun:
+    """A training run in a process of its own, which is stopped while others have their turn.
+
+    Attributes:
+        worked: Seconds of its own turns by which each step had ended.
+        is_done: Whether it has ended.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        """Starts the process, and stops it before it does anything."""
+        self.worked: dict[int, float] = {}
+        self.is_done = False
+        self._before, self._since = 0.0, time.perf_counter()
+        self._lines: list[str] = []
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        self._process.send_signal(signal.SIGSTOP)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def take_turn(self, seconds: float) -> None:
+        """Lets it run for some seconds, or to its end.
+
+        Raises:
+            SystemExit: It failed.
+        """
+        self._since = time.perf_counter()
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGSTOP)
+            self._before += time.perf_counter() - self._since
+            return
+        self._reader.join()
+        self.is_done = True
+        if code:
+            raise SystemExit(f"a contender failed with {code}:\n{''.join(self._lines)}")
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.append(line)
+            if step := re.search(r"step (\d+)/", line):
+                self.worked[int(step[1])] = self._before + time.perf_counter() - self._since
 
 
 def run_ours(config: Config, folder: Path, threads: int) -> None:
     """A run of ours by `train_advanced.py`."""
-    folder.mkdir(parents=True)
-    save_config(config, folder.with_suffix(".yaml"))
-    _call([str(ROOT / "train_advanced.py"), "--config", str(folder.with_suffix(".yaml"))], threads)
-
-
-def run_peer(name: str, settings: str, threads: int) -> float:
-    """Tokens per second of a peer, which prints them as its last line."""
-    return float(_call([str(PEERS / f"{name}.py"), settings], threads).splitlines()[-1])
-
-
-def _call(command: list[str], threads: int) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", *_our_command(config, folder)]
+    done = subprocess.run(command, env=_environment(threads), capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return done.stdout
+
+
+def _our_command(config: Config, folder: Path) -> list[str]:
+    folder.mkdir(parents=True)
+    save_config(config, folder.with_suffix(".yaml"))
+    return [str(ROOT / "train_advanced.py"), "--config", str(folder.with_suffix(".yaml"))]
+
+
+def _environment(threads: int) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(PEERS.parent)])
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
 
 
 def main() -> None:
@@ -251,7 +324,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="sequences in a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, help="folder of prepared data, to prepare them only once")
-    parser.add_argument("--compile", action="store_true", help="peers: compiled runs too")
+    parser.add_argument("--turn", type=float, default=5.0, help="peers: seconds of each turn")
+    names = [*CONTENDERS, *(name + COMPILED for name in CONTENDERS)]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="peers: contenders; the first is 1")
     arguments = parser.parse_args()
     logging.getLogger("ultrathink_model").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from peers.hugging_face import training_step
 from peers.sizes import FEED_FORWARD, HEADS, HIDDEN, LAYERS, LENGTH, VOCAB, draw_rows
@@ -18,31 +19,44 @@ def is_there() -> bool:
     return (FOLDER / "litgpt").is_dir()
 
 
+class LitModel(nn.Module):
+    """Litgpt's Llama; `forward` gives the mean of its cross-entropy over all targets."""
+
+    def __init__(self, vocab: int, length: int, layers: int, heads: int, width: int, feed_forward: int) -> None:
+        super().__init__()
+        if str(FOLDER) not in sys.path:
+            sys.path.append(str(FOLDER))
+        with warnings.catch_warnings(action="ignore"):
+            from litgpt import GPT, Config  # noqa: PLC0415
+            from litgpt.utils import chunked_cross_entropy  # noqa: PLC0415
+        self._loss = chunked_cross_entropy
+        config = Config(
+            block_size=length,
+            vocab_size=vocab,
+            padded_vocab_size=vocab,
+            n_layer=layers,
+            n_head=heads,
+            n_query_groups=heads,
+            n_embd=width,
+            intermediate_size=feed_forward,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+        self.decoder: nn.Module = GPT(config)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
+        return self._loss(self.decoder(inputs), targets, chunk_size=0)
+
+
 def litgpt_loop(compiled: bool = False, vocab: int = VOCAB) -> Step:
     """Litgpt's model and its cross-entropy in its pretraining step, with the fused AdamW."""
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
-    with warnings.catch_warnings(action="ignore"):
-        from litgpt import GPT, Config  # noqa: PLC0415
-        from litgpt.utils import chunked_cross_entropy  # noqa: PLC0415
     torch.manual_seed(0)
-    config = Config(
-        block_size=LENGTH,
-        vocab_size=vocab,
-        padded_vocab_size=vocab,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        n_query_groups=HEADS,
-        n_embd=HIDDEN,
-        intermediate_size=FEED_FORWARD,
-        rotary_percentage=1.0,
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        mlp_class_name="LLaMAMLP",
-    )
-    model = GPT(config)
+    model = LitModel(vocab, LENGTH, LAYERS, HEADS, HIDDEN, FEED_FORWARD)
+    if compiled:
+        model.decoder = torch.compile(model.decoder)
     rows = draw_rows(vocab=vocab)
     tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    run = torch.compile(model) if compiled else model
-    return training_step(model, lambda: chunked_cross_entropy(run(tokens), labels, chunk_size=0))
+    return training_step(model, lambda: model(tokens, labels))
