@@ -33,7 +33,7 @@ from ultrathink_model.data import build, prepare_data, tokenize
 from ultrathink_model.errors import UltrathinkError
 tokenize.BATCH_CHARACTERS = 500  # so that a stream of this size can stop early
 begin, revisions = build._begin, []
-build._begin = lambda part, found: (revisions.append([s.revision for s in (i.source for i in found) if s.streaming]), begin(part, found))
+build._begin = lambda part, found: (revisions.append([s.revision for s in (i.source for i in found) if hasattr(s, "revision")]), begin(part, found))
 base = {"model": {"vocab_size": 300, "max_seq_length": 32}, "data": {"tokenizer_name": "train"}}
 for line in sys.stdin:
     config = make_config(base, json.loads(line))
@@ -182,8 +182,8 @@ def test_a_hub_dataset_is_downloaded_streamed_and_then_found_in_the_cache(hub, t
     assert {key: streamed[key] for key in ("train", "validation", "tokens")} == {
         key: whole[key] for key in ("train", "validation", "tokens")
     }
-    # A stream holds to one revision; the server's is this.
-    assert (whole["revisions"], streamed["revisions"]) == ([], ["c0ffee" + "0" * 34])
+    # Both hold to one revision; the server's is this.
+    assert whole["revisions"] == streamed["revisions"] == ["c0ffee" + "0" * 34]
     assert few["validation"] == 3
     assert few["train"] < ARTICLES
     assert few["tokens"] >= 4 * 32

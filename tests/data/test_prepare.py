@@ -159,7 +159,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(config, tmp_
     monkeypatch.setattr(build, "_fill_folder", None)
     manifest = prepare_data(config)
     assert left_in(config) == [manifest.fingerprint]
-    assert not (manifest.path / "build.txt").exists()
+    assert not (manifest.path / "build.json").exists()
 
 
 def test_a_failed_preparation_leaves_nothing(config, corpus):
@@ -340,27 +340,31 @@ def test_what_another_version_left_half_built_is_not_gone_on_with(config, caplog
     caplog.set_level(logging.INFO)
     first = prepare_data(config)
     part = first.path.rename(first.path.with_name(f".{first.fingerprint}.part"))
-    (part / "build.txt").write_text("0 0.0.0\n")
+    (part / "build.json").write_text('{"made_by": "0 0.0.0", "revisions": {}}')
     second = prepare_data(config)
     assert "going on with the preparation" not in caplog.text
     assert second.splits == first.splits
 
 
-def test_a_stream_that_was_cut_short_goes_on_at_the_same_revision_only(tmp_path):
-    def stream(revision):
-        source = HubSource("some", KnownDataset("some/texts", licence=""), streaming=True)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_was_cut_short_of_the_hub_goes_on_at_the_same_revision_only(tmp_path, streaming):
+    def ingredients(revision):
+        source = HubSource("some", KnownDataset("some/texts", licence=""), streaming=streaming)
         source.__dict__["_reached"] = (revision, None if revision else "no network")
         return [Ingredient(DataSource(dataset="some", weight=1), source, source.identity())]
 
     part = tmp_path / ".half.part"
-    _begin(part, stream("c0ffee"))
+    _begin(part, ingredients("c0ffee"))
     (part / "shard").touch()
-    _begin(part, stream("c0ffee"))
+    _begin(part, ingredients("c0ffee"))
     assert (part / "shard").exists()
-    with pytest.raises(SourceLostError, match=r"a part of data\.dataset=some, and the hub does not answer"):
-        _begin(part, stream(None))
+    if streaming:
+        with pytest.raises(SourceLostError, match=r"a part of data\.dataset=some, and the hub does not answer"):
+            _begin(part, ingredients(None))
+    else:  # it is in the cache
+        _begin(part, ingredients(None))
     assert (part / "shard").exists()
-    _begin(part, stream("decaf"))
+    _begin(part, ingredients("decaf"))
     assert not (part / "shard").exists()
 
 

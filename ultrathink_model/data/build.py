@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel
+
 from ultrathink_model import __version__
 from ultrathink_model.config import Config
 from ultrathink_model.data.card import Sample, write_card
@@ -35,10 +37,9 @@ from ultrathink_model.errors import DataError, SourceLostError
 
 QUARANTINE_NAME = "quarantine.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
-BUILD_NAME = "build.txt"
+BUILD_NAME = "build.json"
 # Of what a half-built folder holds beside the data.
-RECORDS_VERSION = 2
-STREAMED_BY = "datasets-"
+RECORDS_VERSION = 3
 
 logger = logging.getLogger(__name__)
 
@@ -79,31 +80,40 @@ def _require_unchanged(ingredients: list[Ingredient]) -> None:
             raise DataError(f"data.dataset={ingredient.source.name} changed while it was read; start again.")
 
 
+class _Begun(BaseModel):
+    """What a half-built folder is made by, and from which commits of the hub, by the name of the source."""
+
+    made_by: str
+    revisions: dict[str, str]
+
+
 def _begin(part: Path, ingredients: list[Ingredient]) -> None:
-    """Takes up a half-built folder of this same version and of the same revisions of streams, or begins a new one.
+    """Takes up a half-built folder of this same version and of the same revisions of the hub, or begins a new one.
 
     Raises:
         SourceLostError: It holds a part of a stream whose hub does not answer.
     """
-    made_by = f"{FORMAT_VERSION} {RECORDS_VERSION} {__version__}"
-    streams = [part.source for part in ingredients if isinstance(part.source, HubSource) and part.source.streaming]
-    revisions = [source.revision for source in streams if source.revision]
+    sources = [part.source for part in ingredients if isinstance(part.source, HubSource)]
+    revisions = {source.name: source.revision for source in sources if source.revision}
     record = part / BUILD_NAME
-    found = record.read_text(encoding="utf-8") if record.is_file() else ""
-    if len(revisions) < len(streams) and STREAMED_BY in found:
+    found = _Begun.model_validate_json(record.read_bytes()) if record.is_file() else None
+    lost = [source.name for source in sources if source.streaming and source.name not in revisions]
+    if found and not found.revisions.keys().isdisjoint(lost):
         raise SourceLostError(
-            f"{part} holds a part of data.dataset={', '.join(source.name for source in streams)}, and the hub does not "
-            "answer; start again with a network, which goes on from there, or remove the folder."
+            f"{part} holds a part of data.dataset={', '.join(lost)}, and the hub does not answer; start again with a "
+            "network, which goes on from there, or remove the folder."
         )
-    if revisions:
+    made_by = f"{FORMAT_VERSION} {RECORDS_VERSION} {__version__}"
+    if any(source.streaming for source in sources):
         # The states of streams are those of the library.
-        made_by = " ".join([made_by, f"{STREAMED_BY}{version('datasets')}", *revisions])
-    if found == made_by + "\n":
+        made_by += f" datasets-{version('datasets')}"
+    # Without a network, what was downloaded is in the cache, as it was.
+    if found and found.made_by == made_by and revisions.items() <= found.revisions.items():
         logger.info("going on with the preparation in %s, which was cut short", part)
         return
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    record.write_text(made_by + "\n", encoding="utf-8")
+    record.write_text(_Begun(made_by=made_by, revisions=revisions).model_dump_json(), encoding="utf-8")
 
 
 def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str, part: Path) -> None:

@@ -46,8 +46,8 @@ class HubSource:
     """A dataset of the hub.
 
     Its fingerprint is made of its name, subset and text column, without asking the hub: data that was prepared once is
-    found again with no network. The rows come from the hub's newest revision at the time of preparation; a stream holds
-    to the revision that it found first, whatever is pushed while it is read.
+    found again with no network. The rows come from the hub's newest revision at the time of preparation, whatever is
+    pushed while they are read.
 
     Args:
         name: The source's name in messages.
@@ -140,8 +140,8 @@ class HubSource:
 
     @property
     def revision(self) -> str | None:
-        """The commit that a stream reads; None where the local cache stands in for the hub, or nothing is streamed."""
-        return self._reached[0] if self.streaming else None
+        """The commit that is read; None where the local cache stands in for the hub."""
+        return self._reached[0]
 
     @cached_property
     def _reached(self) -> tuple[str | None, str | None]:
