@@ -23,7 +23,10 @@ MAX_PASSES = len(PATHS) - 1
 
 # Sizes that the share of routed tokens takes while it is annealed: few, since each is compiled anew.
 ANNEALING_LEVELS = 6
-# Share of a row's room that the thresholds aim to fill: rows differ, and a full one turns tokens away.
+# How far a threshold moves, in standard deviations of the logits, for each share of the tokens that is over it too many.
+# With the density of logits about a usual threshold, a step closes half of the gap.
+THRESHOLD_GAIN = 2.0
+# Share of the rows' room that the thresholds aim to fill: rows differ, and a full one turns tokens away.
 FILLED = 0.94
 
 
@@ -75,6 +78,7 @@ class DepthRouter(nn.Module):
     def begin_step(self, step: int) -> None:
         """Sets the shares of tokens that make each pass: the first one's falls from 1 to its budget in warm-up."""
         first, *further = self.final_shares
+        self.follows = step <= self.warmup_steps
         if not self.forced and step < self.warmup_steps:
             progress = math.floor(ANNEALING_LEVELS * step / self.warmup_steps) / ANNEALING_LEVELS
             first = 1 - (1 - first) * progress
@@ -180,25 +184,55 @@ class DepthRouter(nn.Module):
         padding = highest.values[:, :room] <= threshold.where(threshold.isfinite(), -math.inf)
         index, order = (highest.indices[:, :room] + width * padding).sort(dim=1)
         index, padding = index % width, padding.gather(1, order)
-        aim = max(1, math.ceil(FILLED * room))
-        cut = highest.values[:, aim - 1 : aim + 1].mean(dim=1)
-        counts = {
-            f"dre/passes/{depth}": padding.logical_not().sum().float(),
-            f"dre/cut_rows/{depth}": cut.isfinite().sum().float(),
-            f"dre/cut/{depth}": cut.where(cut.isfinite(), 0.0).sum(),
-        }
+        counts = {f"dre/passes/{depth}": padding.logical_not().sum().float()}
+        counts |= self._gap(depth, ranked, highest.values)
         return _Choice(index, tokens.select(index, last_padded=padding), padding, counts)
+
+    def _gap(self, depth: int, logits: Tensor, highest: Tensor) -> dict[str, Tensor]:
+        """What `end_step` learns of a pass's threshold, as sums over the rows that could fill their room.
+
+        Args:
+            depth: The pass.
+            logits: Of all who could make it, -inf for those that are no tokens.
+            highest: A row's highest, one more than it has room for.
+        """
+        room = highest.shape[1] - 1
+        aim = max(1, math.ceil(FILLED * room))
+        cut = highest[:, aim - 1 : aim + 1].mean(dim=1)
+        full = cut.isfinite().unsqueeze(1)
+        counted = logits.isfinite() & full
+        logits = logits.where(counted, 0.0)
+        return {
+            f"dre/cut/{depth}": cut.where(cut.isfinite(), 0.0).sum(),
+            f"dre/cut_rows/{depth}": full.sum().float(),
+            f"dre/excess/{depth}": (counted & (logits > self.thresholds[depth])).sum() - FILLED * room * full.sum(),
+            f"dre/counted/{depth}": counted.sum().float(),
+            f"dre/logits/{depth}": logits.sum(),
+            f"dre/squares/{depth}": logits.square().sum(),
+        }
 
     @torch.no_grad()
     def end_step(self, counts: dict[str, Tensor]) -> None:
-        """Sets each threshold to the mean logit that would have filled the finished step's rows as far as is aimed at."""
+        """Moves each threshold so that the tokens over it come nearer to filling the rows' room as far as is aimed at.
+
+        While the shares fall, it is set to the mean of the logits that would have done so in each row. As rows differ, that
+        lets too many tokens pass in all, and with one step's rows now more and now fewer; so from then on it is moved
+        by the tokens that were too many or too few.
+        """
         for depth, share in enumerate(self.shares):
             rows = counts.get(f"dre/cut_rows/{depth}")
-            if rows is not None:
-                mean = counts[f"dre/cut/{depth}"] / rows
-                self.thresholds[depth] = torch.where(rows > 0, mean, self.thresholds[depth])
-            elif f"dre/passes/{depth}" in counts:
-                self.thresholds[depth] = -math.inf if share else math.inf
+            if rows is None:
+                if f"dre/passes/{depth}" in counts:
+                    self.thresholds[depth] = -math.inf if share else math.inf
+                continue
+            before, after = self.thresholds[depth], counts[f"dre/cut/{depth}"] / rows
+            if not self.follows:
+                counted = counts[f"dre/counted/{depth}"]
+                variance = counts[f"dre/squares/{depth}"] / counted - (counts[f"dre/logits/{depth}"] / counted).square()
+                spread = variance.clamp_min(0).sqrt()
+                moved = before + THRESHOLD_GAIN * spread * counts[f"dre/excess/{depth}"] / counted
+                after = moved.where(before.isfinite(), after)
+            self.thresholds[depth] = after.where(rows > 0, before)
 
     @staticmethod
     def statistics(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
