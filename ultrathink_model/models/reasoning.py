@@ -37,7 +37,7 @@ class DepthRouter(nn.Module):
     among themselves; of these, those above a second threshold make another, and those above a third a third. So the choice
     never depends on later tokens. In training, a pass has room for a fixed share of each row, which keeps shapes
     static: where more tokens ask for it, those with the highest logits get it, and where fewer do, the rest of the room
-    is computed for nothing. Each step sets the thresholds so that the tokens of a row nearly fill the room.
+    is computed for nothing. Each step moves the thresholds so that the tokens nearly fill the room of all rows together.
 
     A pass changes the state by `gate · residual(state)`, so that the router learns from the language loss: the first pass's gate is
     `2 σ(logit)`, a further one's `tanh(strength) · 2 σ(logit)`. The router starts at zero and so do the strengths:
