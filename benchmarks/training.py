@@ -207,7 +207,7 @@ def peers(arguments: argparse.Namespace) -> None:
     folder = arguments.folder / "peers"
     folder.mkdir()
     manifest = prepare_data(make_run(arguments, folder / "data"))
-    first, last = arguments.steps // 4 + 1, arguments.steps - 1
+    first, last = arguments.steps // 3 + 1, arguments.steps - 1
     runs = {}
     for name in arguments.only:
         command = _contender(arguments, name, folder / re.sub(r"\W", "_", name), manifest)
@@ -226,7 +226,7 @@ def peers(arguments: argparse.Namespace) -> None:
 
 def _contender(arguments: argparse.Namespace, name: str, folder: Path, manifest: DataManifest) -> list[str]:
     """The command line of a contender's run."""
-    contender, compiled, save_steps = name.removesuffix(COMPILED), name.endswith(COMPILED), arguments.steps // 4
+    contender, compiled, save_steps = name.removesuffix(COMPILED), name.endswith(COMPILED), arguments.steps // 3
     if contender == "ultrathink":
         run = make_run(arguments, folder, compile=compiled, checkpoint_steps=save_steps)
         run = make_config({**run.model_dump(), "evaluation": {**run.evaluation.model_dump(), "eval_steps": save_steps}})
