@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import lit
 from peers.turns import LoopSteps, Step, alternate, ratio
 from torch import nn
 
@@ -201,20 +202,27 @@ def peers(arguments: argparse.Namespace) -> None:
     """Whole runs from the command line, in turns: data, logging, evaluations and checkpoints included.
 
     Each runs for some seconds while the others are stopped. Its clock, of its own turns only, goes from the step after
-    the first evaluation and checkpoint, where all is compiled, to the last step but one: ours then begins to evaluate on
-    the whole validation split, which the others do not.
+    the first evaluation and checkpoint, where all is compiled, to the last step before the third: ours says that it ended a
+    step after its evaluation, and at the end evaluates on the whole validation split, which the others do not.
     """
+    if not lit.is_there():
+        print(f"litgpt is not in {lit.FOLDER}: `make bench` puts it there")
+        arguments.only = [name for name in arguments.only if not name.startswith("litgpt")]
     folder = arguments.folder / "peers"
     folder.mkdir()
     manifest = prepare_data(make_run(arguments, folder / "data"))
-    first, last = arguments.steps // 3 + 1, arguments.steps - 1
-    runs = {}
-    for name in arguments.only:
-        command = _contender(arguments, name, folder / re.sub(r"\W", "_", name), manifest)
-        runs[name] = WholeRun([sys.executable, "-W", "ignore", *command], _environment(arguments.threads))
-    while waiting := [run for run in runs.values() if not run.is_done]:
-        for run in waiting:
-            run.take_turn(arguments.turn)
+    first, last = arguments.steps // 3 + 1, 3 * (arguments.steps // 3) - 1
+    runs: dict[str, WholeRun] = {}
+    try:
+        for name in arguments.only:
+            command = _contender(arguments, name, folder / re.sub(r"\W", "_", name), manifest)
+            runs[name] = WholeRun([sys.executable, "-W", "ignore", *command], _environment(arguments.threads))
+        while waiting := [run for run in runs.values() if not run.is_done]:
+            for run in waiting:
+                run.take_turn(arguments.turn)
+    finally:
+        for run in runs.values():
+            run.end()
     tokens = (last - first) * arguments.sequences * SEQUENCE_LENGTH
     rates = {name: tokens / (run.worked[last] - run.worked[first]) for name, run in runs.items()}
     for name, rate in rates.items():
@@ -259,12 +267,22 @@ class WholeRun:
         """Starts the process, and stops it before it does anything."""
         self.worked: dict[int, float] = {}
         self.is_done = False
-        self._before, self._since = 0.0, time.perf_counter()
+        # Of the turns before, and since when this one lasts; None between turns.
+        self._before: float = 0.0
+        self._since: float | None = None
+        self._clock = threading.Lock()
         self._lines: list[str] = []
         self._process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            # Compilers that it starts have its turns too.
+            start_new_session=True,
         )
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -274,25 +292,40 @@ class WholeRun:
         Raises:
             SystemExit: It failed.
         """
-        self._since = time.perf_counter()
-        self._process.send_signal(signal.SIGCONT)
+        with self._clock:
+            self._since = time.perf_counter()
+        self._signal(signal.SIGCONT)
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._process.send_signal(signal.SIGSTOP)
-            self._before += time.perf_counter() - self._since
+            self._signal(signal.SIGSTOP)
+            with self._clock:
+                self._before, self._since = self._seconds(), None
             return
         self._reader.join()
         self.is_done = True
         if code:
             raise SystemExit(f"a contender failed with {code}:\n{''.join(self._lines)}")
 
+    def end(self) -> None:
+        """Ends it, if it has not ended."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+    def _seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._since if self._since else 0.0)
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.append(line)
-            if step := re.search(r"step (\d+)/", line):
-                self.worked[int(step[1])] = self._before + time.perf_counter() - self._since
+            if step := re.search(r"step ([\d,]+)/", line):
+                with self._clock:
+                    self.worked[int(step[1].replace(",", ""))] = self._seconds()
 
 
 def run_ours(config: Config, folder: Path, threads: int) -> None:

@@ -22,7 +22,9 @@ def is_there() -> bool:
 class LitModel(nn.Module):
     """Litgpt's Llama; `forward` gives the mean of its cross-entropy over all targets."""
 
-    def __init__(self, vocab: int, length: int, layers: int, heads: int, width: int, feed_forward: int) -> None:
+    def __init__(
+        self, vocab: int, length: int, layers: int, heads: int, width: int, feed_forward: int, tied: bool = False
+    ) -> None:
         super().__init__()
         if str(FOLDER) not in sys.path:
             sys.path.append(str(FOLDER))
@@ -45,7 +47,10 @@ class LitModel(nn.Module):
             norm_class_name="RMSNorm",
             mlp_class_name="LLaMAMLP",
         )
-        self.decoder: nn.Module = GPT(config)
+        decoder = GPT(config)
+        if tied:
+            decoder.lm_head.weight = decoder.transformer.wte.weight
+        self.decoder: nn.Module = decoder
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
         return self._loss(self.decoder(inputs), targets, chunk_size=0)

@@ -26,7 +26,7 @@ def main() -> None:
     layers, heads = settings["num_layers"], settings["num_heads"]
     model: nn.Module
     if settings["model"] == "litgpt":
-        model = LitModel(vocab, length, layers, heads, width, settings["intermediate_size"])
+        model = LitModel(vocab, length, layers, heads, width, settings["intermediate_size"], settings["tie_embeddings"])
     else:
         model = GPT2Style(vocab, length, layers, heads, width)
     called = torch.compile(model) if settings["compile"] else model

@@ -99,13 +99,13 @@ import json, os, signal, sys
 from ultrathink_model.config import make_config
 from ultrathink_model.data import hub, prepare_data, tokenize
 tokenize.BATCH_CHARACTERS, tokenize.NOTED_CHARACTERS, hub.STATE_ROWS = 300, 600, 4
-write, notes = tokenize._write_record, []
+write, notes = tokenize.write_record, []
 def write_and_die(record, values):
     write(record, values)
     notes.append(record)
     if len(notes) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-tokenize._write_record = write_and_die
+tokenize.write_record = write_and_die
 base = {"model": {"vocab_size": 300, "max_seq_length": 32}, "data": {"tokenizer_name": "train", "streaming": True}}
 print(prepare_data(make_config(base, json.loads(sys.argv[2]))).path)
 """

@@ -306,14 +306,14 @@ from ultrathink_model.config import load_config
 from ultrathink_model.data import prepare_data, media_store, tokenize
 media_store.UNSYNCED_BYTES = tokenize.NOTED_CHARACTERS = 200
 tokenize.BATCH_CHARACTERS = 100
-seen, limit, write = 0, int(sys.argv[2]), tokenize._write_record
+seen, limit, write = 0, int(sys.argv[2]), tokenize.write_record
 def count(*arguments):
     global seen
     write(*arguments)
     seen += 1
     if seen == limit:
         os.kill(os.getpid(), signal.SIGKILL)
-tokenize._write_record = count
+tokenize.write_record = count
 print(prepare_data(load_config(sys.argv[1])).path)
 """
 

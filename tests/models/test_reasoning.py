@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.models.kv_cache import KVCache
-from ultrathink_model.models.reasoning import ANNEALING_LEVELS, PATHS, DepthRouter
+from ultrathink_model.models.reasoning import ANNEALING_LEVELS, FILLED, PATHS, DepthRouter
 from ultrathink_model.models.tokens import Rotation, Tokens
 from ultrathink_model.models.transformer import Block, Transformer, build_model
 
@@ -249,17 +249,38 @@ def test_row_without_room_turns_the_lowest_logits_away(routed):
         assert set(passes.nonzero().flatten().tolist()) == set(logits.topk(taken).indices.tolist())
 
 
-def test_thresholds_and_counts_do_not_depend_on_how_the_batch_is_cut(routed, random_tokens):
+@pytest.mark.parametrize("step", [0, 100])
+def test_thresholds_and_counts_do_not_depend_on_how_the_batch_is_cut(routed, random_tokens, step):
     tokens = random_tokens(6, 33)
     whole, cut = routed(), routed()
     for model, parts in ((whole, [tokens]), (cut, [tokens[:1], tokens[1:]])):
-        model.begin_step(0)
+        before = [router.thresholds.clone() for router in depth_routers(model)]
+        model.begin_step(step)
         for part in parts:
             model(part[:, :-1], part[:, 1:])
         model.end_step(lambda counts: counts)
-    for one, other in zip(depth_routers(whole), depth_routers(cut), strict=True):
+    for one, other, unlike in zip(depth_routers(whole), depth_routers(cut), before, strict=True):
         torch.testing.assert_close(one.thresholds, other.thresholds)
+        assert not torch.allclose(one.thresholds, unlike)
     torch.testing.assert_close(whole.routing_statistics(), cut.routing_statistics())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("begins_at", [-3.0, 3.0])
+@pytest.mark.parametrize("outlier", [0.0, 1000.0])
+def test_after_warm_up_as_many_tokens_pass_as_is_aimed_at_however_rows_differ(routed, begins_at, outlier):
+    model = routed("dre.compute_budget=0.25", "dre.deep_share=0", "dre.ultra_deep_share=0")
+    router = depth_routers(model)[0]
+    logits = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)) + torch.linspace(-1, 1, 8).unsqueeze(1)
+    logits[:, 0] += outlier
+    router.thresholds[0] = begins_at
+    for _ in range(40):
+        router.begin_step(100)
+        router.end_step(router._choose_share(0, 128, logits, Tokens(torch.arange(128).unsqueeze(0))).counts)
+    share = (logits > router.thresholds[0]).float().mean()
+    assert share == pytest.approx(FILLED * 0.25, abs=0.01)
+    by_row = logits.topk(32, dim=1).values[:, 30].mean()
+    assert (logits > by_row).float().mean() > share, "the mean of the rows' own thresholds lets more pass"
 
 
 def test_thresholds_return_to_the_dense_model_with_a_full_share(small_model, random_tokens):

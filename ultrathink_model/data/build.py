@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ultrathink_model import __version__
 from ultrathink_model.config import Config
@@ -30,7 +30,7 @@ from ultrathink_model.data.manifest import (
 )
 from ultrathink_model.data.media_store import MediaWriter
 from ultrathink_model.data.sources import Ingredient
-from ultrathink_model.data.tokenize import write_source
+from ultrathink_model.data.tokenize import write_record, write_source
 from ultrathink_model.data.tokenizer import Tokenizer, check_fits
 from ultrathink_model.data.tokenizer_choice import choose_tokenizer
 from ultrathink_model.errors import DataError, SourceLostError
@@ -81,7 +81,7 @@ def _require_unchanged(ingredients: list[Ingredient]) -> None:
 
 
 class _Begun(BaseModel):
-    """What a half-built folder is made by, and from which commits of the hub, by the name of the source."""
+    """What a half-built folder is made by, and from which commits of the hub, by the hub's id."""
 
     made_by: str
     revisions: dict[str, str]
@@ -91,14 +91,18 @@ def _begin(part: Path, ingredients: list[Ingredient]) -> None:
     """Takes up a half-built folder of this same version and of the same revisions of the hub, or begins a new one.
 
     Raises:
-        SourceLostError: It holds a part of a stream whose hub does not answer.
+        SourceLostError: It holds a part of a dataset whose hub does not answer.
     """
     sources = [part.source for part in ingredients if isinstance(part.source, HubSource)]
-    revisions = {source.name: source.revision for source in sources if source.revision}
+    revisions = {source.hub_id: source.revision for source in sources if source.revision}
     record = part / BUILD_NAME
-    found = _Begun.model_validate_json(record.read_bytes()) if record.is_file() else None
-    lost = [source.name for source in sources if source.streaming and source.name not in revisions]
-    if found and not found.revisions.keys().isdisjoint(lost):
+    try:
+        found = _Begun.model_validate_json(record.read_bytes()) if record.is_file() else None
+    except ValidationError:
+        found = None
+    lost = [source.name for source in sources if found and source.hub_id in found.revisions.keys() - revisions.keys()]
+    if lost:
+        # The cache, which would stand in, does not tell revisions apart.
         raise SourceLostError(
             f"{part} holds a part of data.dataset={', '.join(lost)}, and the hub does not answer; start again with a "
             "network, which goes on from there, or remove the folder."
@@ -107,13 +111,13 @@ def _begin(part: Path, ingredients: list[Ingredient]) -> None:
     if any(source.streaming for source in sources):
         # The states of streams are those of the library.
         made_by += f" datasets-{version('datasets')}"
-    # Without a network, what was downloaded is in the cache, as it was.
-    if found and found.made_by == made_by and revisions.items() <= found.revisions.items():
+    begun = _Begun(made_by=made_by, revisions=revisions)
+    if found == begun:
         logger.info("going on with the preparation in %s, which was cut short", part)
         return
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    record.write_text(_Begun(made_by=made_by, revisions=revisions).model_dump_json(), encoding="utf-8")
+    write_record(record, begun)
 
 
 def _fill_folder(config: Config, ingredients: list[Ingredient], fingerprint: str, part: Path) -> None:

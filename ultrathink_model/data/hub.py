@@ -62,7 +62,7 @@ class HubSource:
     def __init__(self, name: str, known: KnownDataset, streaming: bool, media: bool = False) -> None:
         self.name, self.licence = name, known.licence
         self.streaming, self._media = streaming, media
-        self._known = known
+        self.hub_id, self._known = known.hub_id, known
         self._states: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_STATES)
 
     @property

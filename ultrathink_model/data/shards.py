@@ -14,7 +14,7 @@ from ultrathink_model.data.manifest import ShardInfo
 
 # 2**27 tokens are 256 or 512 MB on disk: few files, yet each small enough to copy or check alone.
 SHARD_TOKENS = 2**27
-# Tokens that one task writes, and tasks of a writer that may wait: at most 32 MB of memory.
+# Tokens that one task writes, and tasks of a writer that may wait: some 32 MB of memory.
 PIECE_TOKENS = 2**20
 PIECES_AHEAD = 8
 END_TYPE = np.dtype("<i8")
@@ -73,11 +73,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._close_shard()
-            self.state()
-        else:
-            # The next start may be in this process, and writes the same files.
+        try:
+            if kind is None:
+                self._close_shard()
+                self.state()
+        finally:
+            # After an error, the next start may be in this process, and writes the same files.
             for write in self._writes:
                 write.cancel()
             wait(self._writes)

@@ -137,7 +137,7 @@ def write_source(
                 states = {split: writer.state() for split, writer in writers.items()}
                 state = intake.state()
                 reading = Reading(intake=state, notes=notes.save(hashes)) if state else None
-                _write_record(record, Progress(documents=count, sizes=sizes, writers=states, reading=reading))
+                write_record(record, Progress(documents=count, sizes=sizes, writers=states, reading=reading))
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 read = sizes["train"].bytes / 1e6
@@ -159,7 +159,7 @@ def write_source(
     if media is not None:
         media.sync()
     done_with = Finished(info=info, samples=notes.samples)
-    _write_record(finished, done_with)
+    write_record(finished, done_with)
     record.unlink(missing_ok=True)
     hashes.unlink(missing_ok=True)
     return done_with
@@ -215,7 +215,8 @@ def encode_documents(
         yield ids, starts, some
 
 
-def _write_record(record: Path, values: BaseModel) -> None:
+def write_record(record: Path, values: BaseModel) -> None:
+    """Writes a record of a half-built folder; a kill leaves the one before it."""
     part = record.with_suffix(".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(values.model_dump_json())

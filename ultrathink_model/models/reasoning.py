@@ -23,9 +23,10 @@ MAX_PASSES = len(PATHS) - 1
 
 # Sizes that the share of routed tokens takes while it is annealed: few, since each is compiled anew.
 ANNEALING_LEVELS = 6
-# How far a threshold moves, in standard deviations of the logits, for each share of the tokens that is over it too many.
-# With the density of logits about a usual threshold, a step closes half of the gap.
-THRESHOLD_GAIN = 2.0
+# Steps after the shares stopped falling in which the thresholds still follow each step's own rows.
+SETTLING_STEPS = 10
+# Share of the way to the threshold that would have suited a step's rows, which it then goes.
+THRESHOLD_RATE = 0.5
 # Share of the rows' room that the thresholds aim to fill: rows differ, and a full one turns tokens away.
 FILLED = 0.94
 
@@ -78,7 +79,7 @@ class DepthRouter(nn.Module):
     def begin_step(self, step: int) -> None:
         """Sets the shares of tokens that make each pass: the first one's falls from 1 to its budget in warm-up."""
         first, *further = self.final_shares
-        self.follows = step <= self.warmup_steps
+        self.follows = step <= self.warmup_steps + SETTLING_STEPS
         if not self.forced and step < self.warmup_steps:
             progress = math.floor(ANNEALING_LEVELS * step / self.warmup_steps) / ANNEALING_LEVELS
             first = 1 - (1 - first) * progress
@@ -198,26 +199,27 @@ class DepthRouter(nn.Module):
         """
         room = highest.shape[1] - 1
         aim = max(1, math.ceil(FILLED * room))
-        cut = highest[:, aim - 1 : aim + 1].mean(dim=1)
-        full = cut.isfinite().unsqueeze(1)
-        counted = logits.isfinite() & full
-        logits = logits.where(counted, 0.0)
-        return {
-            f"dre/cut/{depth}": cut.where(cut.isfinite(), 0.0).sum(),
-            f"dre/cut_rows/{depth}": full.sum().float(),
-            f"dre/excess/{depth}": (counted & (logits > self.thresholds[depth])).sum() - FILLED * room * full.sum(),
-            f"dre/counted/{depth}": counted.sum().float(),
-            f"dre/logits/{depth}": logits.sum(),
-            f"dre/squares/{depth}": logits.square().sum(),
+        half = max(1, aim // 2)
+        cut, upper = (highest[:, place - 1 : place + 1].mean(dim=1) for place in (aim, half))
+        full = cut.isfinite()
+        over = (logits > self.thresholds[depth]).sum(dim=1)
+        # Logits between the highest half of those that should pass and the rest: where the threshold lies, outliers do not.
+        slope = (upper if half < aim else highest[:, 0]) - cut
+        sums = {
+            "cut": cut,
+            "excess": over - FILLED * room,
+            "slope": slope / max(aim - half, 0.5),
+            "cut_rows": torch.ones_like(cut),
         }
+        return {f"dre/{name}/{depth}": values.where(full, 0.0).sum() for name, values in sums.items()}
 
     @torch.no_grad()
     def end_step(self, counts: dict[str, Tensor]) -> None:
         """Moves each threshold so that the tokens over it come nearer to filling the rows' room as far as is aimed at.
 
-        While the shares fall, it is set to the mean of the logits that would have done so in each row. As rows differ, that
-        lets too many tokens pass in all, and with one step's rows now more and now fewer; so from then on it is moved
-        by the tokens that were too many or too few.
+        In warm-up and shortly after it is set to the mean of the logits that would have done so in each row. As rows differ,
+        that lets too many tokens pass in all, and with one step's rows now more and now fewer; so from then on it is
+        moved by the tokens that were too many or too few, times the distance of two logits there.
         """
         for depth, share in enumerate(self.shares):
             rows = counts.get(f"dre/cut_rows/{depth}")
@@ -225,13 +227,10 @@ class DepthRouter(nn.Module):
                 if f"dre/passes/{depth}" in counts:
                     self.thresholds[depth] = -math.inf if share else math.inf
                 continue
-            before, after = self.thresholds[depth], counts[f"dre/cut/{depth}"] / rows
-            if not self.follows:
-                counted = counts[f"dre/counted/{depth}"]
-                variance = counts[f"dre/squares/{depth}"] / counted - (counts[f"dre/logits/{depth}"] / counted).square()
-                spread = variance.clamp_min(0).sqrt()
-                moved = before + THRESHOLD_GAIN * spread * counts[f"dre/excess/{depth}"] / counted
-                after = moved.where(before.isfinite(), after)
+            cut, excess, slope = (counts[f"dre/{name}/{depth}"] / rows for name in ("cut", "excess", "slope"))
+            before = self.thresholds[depth]
+            moved = before + THRESHOLD_RATE * excess * slope
+            after = cut if self.follows else moved.where(before.isfinite(), cut)
             self.thresholds[depth] = after.where(rows > 0, before)
 
     @staticmethod
