@@ -59,9 +59,10 @@ def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(
     two_config = override_config(config, [*TWO_RANKS, *STRATEGIES[strategy], *half])
     two = launch(align_on_rank, (two_config, manifest, dense_folder), two_config)
     one_rows, two_rows = (read_metrics(Path(result.output_dir) / "metrics.jsonl") for result in (one, two))
-    # Sums in another order: rounding, which AdamW's first steps make larger.
-    for name in ("rlhf/reward_loss", "rlhf/policy_loss", "rlhf/margin"):
-        assert two_rows[0][name] == pytest.approx(one_rows[0][name], rel=1e-3, abs=1e-4), name
+    # Sums in another order: rounding, which AdamW's first steps make larger; most under the reward model, whose head begins at
+    # zero, so that the first gradients of its decoder are next to nothing.
+    for name, tolerance in {"rlhf/reward_loss": 5e-3, "rlhf/policy_loss": 1e-3, "rlhf/margin": 1e-3}.items():
+        assert two_rows[0][name] == pytest.approx(one_rows[0][name], rel=tolerance, abs=1e-4), name
     assert two_rows[1]["rlhf/policy_loss"] == pytest.approx(one_rows[1]["rlhf/policy_loss"], rel=1e-3)
     expected = load_model(Path(one.final_model)).state_dict()
     for name, tensor in load_model(Path(two.final_model)).state_dict().items():
