@@ -15,20 +15,17 @@ import logging
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import lit
-from peers.turns import LoopSteps, Step, alternate, ratio
+from peers.turns import LoopSteps, Step, WholeRun, alternate, ratio
 from torch import nn
 
 from ultrathink_model.config import Config, make_config
@@ -216,7 +213,7 @@ def peers(arguments: argparse.Namespace) -> None:
     try:
         for name in arguments.only:
             command = _contender(arguments, name, folder / re.sub(r"\W", "_", name), manifest)
-            runs[name] = WholeRun([sys.executable, "-W", "ignore", *command], _environment(arguments.threads))
+            runs[name] = WholeRun([sys.executable, "-W", "ignore", *command], _environment(arguments.threads), ROOT)
         while waiting := [run for run in runs.values() if not run.is_done]:
             for run in waiting:
                 run.take_turn(arguments.turn)
@@ -253,79 +250,6 @@ def _contender(arguments: argparse.Namespace, name: str, folder: Path, manifest:
     }
     script = "hf_trainer.py" if contender == "Trainer" else "plain_loop.py"
     return [str(PEERS / script), json.dumps(settings)]
-
-
-class WholeRun:
-    """A training run in a process of its own, which is stopped while others have their turn.
-
-    Attributes:
-        worked: Seconds of its own turns by which each step had ended.
-        is_done: Whether it has ended.
-    """
-
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        """Starts the process, and stops it before it does anything."""
-        self.worked: dict[int, float] = {}
-        self.is_done = False
-        # Of the turns before, and since when this one lasts; None between turns.
-        self._before: float = 0.0
-        self._since: float | None = None
-        self._clock = threading.Lock()
-        self._lines: list[str] = []
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            # Compilers that it starts have its turns too.
-            start_new_session=True,
-        )
-        self._signal(signal.SIGSTOP)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def take_turn(self, seconds: float) -> None:
-        """Lets it run for some seconds, or to its end.
-
-        Raises:
-            SystemExit: It failed.
-        """
-        with self._clock:
-            self._since = time.perf_counter()
-        self._signal(signal.SIGCONT)
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGSTOP)
-            with self._clock:
-                self._before, self._since = self._seconds(), None
-            return
-        self._reader.join()
-        self.is_done = True
-        if code:
-            raise SystemExit(f"a contender failed with {code}:\n{''.join(self._lines)}")
-
-    def end(self) -> None:
-        """Ends it, if it has not ended."""
-        if self._process.poll() is None:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-
-    def _signal(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
-
-    def _seconds(self) -> float:
-        return self._before + (time.perf_counter() - self._since if self._since else 0.0)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.append(line)
-            if step := re.search(r"step ([\d,]+)/", line):
-                with self._clock:
-                    self.worked[int(step[1].replace(",", ""))] = self._seconds()
 
 
 def run_ours(config: Config, folder: Path, threads: int) -> None:

@@ -1,10 +1,15 @@
-"""Contenders that take turns in one process, and the ratios of their times."""
+"""Contenders that take turns, in one process or each in its own, and the ratios of their times."""
 
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -63,6 +68,79 @@ def serve(step: Step) -> None:
     for _ in sys.stdin:
         step()
         print(DONE, end="", flush=True)
+
+
+class WholeRun:
+    """A training run in a process of its own, which is stopped while others have their turn.
+
+    Attributes:
+        worked: Seconds of its own turns by which each step had ended.
+        is_done: Whether it has ended.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        """Starts the process in a folder, and stops it before it does anything."""
+        self.worked: dict[int, float] = {}
+        self.is_done = False
+        # Of the turns before, and since when this one lasts; None between turns.
+        self._before: float = 0.0
+        self._since: float | None = None
+        self._clock = threading.Lock()
+        self._lines: list[str] = []
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=folder,
+            # Compilers that it starts have its turns too.
+            start_new_session=True,
+        )
+        self._signal(signal.SIGSTOP)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def take_turn(self, seconds: float) -> None:
+        """Lets it run for some seconds, or to its end.
+
+        Raises:
+            SystemExit: It failed.
+        """
+        with self._clock:
+            self._since = time.perf_counter()
+        self._signal(signal.SIGCONT)
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGSTOP)
+            with self._clock:
+                self._before, self._since = self._seconds(), None
+            return
+        self._reader.join()
+        self.is_done = True
+        if code:
+            raise SystemExit(f"a contender failed with {code}:\n{''.join(self._lines)}")
+
+    def end(self) -> None:
+        """Ends it, if it has not ended."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+    def _seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._since if self._since else 0.0)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.append(line)
+            if step := re.search(r"step ([\d,]+)/", line):
+                with self._clock:
+                    self.worked[int(step[1].replace(",", ""))] = self._seconds()
 
 
 def alternate(
