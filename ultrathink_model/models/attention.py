@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultrathink_model.config import Config
 from ultrathink_model.models.blocked_attention import blocked_attention, takes_blocks
+from ultrathink_model.models.linear import Linear
 from ultrathink_model.models.norm import RMSNorm
 from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Rotation, Tokens
@@ -38,10 +39,10 @@ class Attention(nn.Module):
         model = config.model
         self.num_heads, self.num_kv_heads, self.head_dim = model.num_heads, model.kv_heads, model.head_size
         self.fused_kernels = model.use_flash_attention
-        self.qkv = nn.Linear(model.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
+        self.qkv = Linear(model.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.query_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
         self.key_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
-        self.output = nn.Linear(self.num_heads * self.head_dim, model.hidden_size, bias=False)
+        self.output = Linear(self.num_heads * self.head_dim, model.hidden_size)
 
     def forward(
         self,
@@ -82,8 +83,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         width = config.model.feed_forward_size
-        self.gate_up = nn.Linear(config.model.hidden_size, 2 * width, bias=False)
-        self.down = nn.Linear(width, config.model.hidden_size, bias=False)
+        self.gate_up = Linear(config.model.hidden_size, 2 * width)
+        self.down = Linear(width, config.model.hidden_size)
 
     def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """Applies the block to each row on its own."""

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from ultrathink_model.models.linear import onednn_linear, onednn_weight_grad, takes_onednn
 from ultrathink_model.models.precision import autocast_dtype
 
 IGNORED_LABEL = -100
@@ -56,14 +58,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss = torch.zeros_like(total)
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=accumulator, device=weight.device) if need_weight else None
-        # One buffer for the logits of all chunks: fresh memory costs more on the CPU than what is computed in it.
-        buffer = hidden.new_empty(min(chunk_size, hidden.shape[0]), weight.shape[0], dtype=product_dtype)
+        by_onednn = (need_hidden or need_weight) and takes_onednn(hidden, projection)
+        multiply = onednn_linear if by_onednn else F.linear
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             states, targets = hidden[rows].to(product_dtype), labels[rows]
             kept = targets != IGNORED_LABEL
             targets = targets.clamp_min(0).unsqueeze(1)
-            logits = torch.mm(states, projection.T, out=buffer[: states.shape[0]]).to(accumulator)  # (chunk, vocab)
+            logits = multiply(states, projection).to(accumulator)  # (chunk, vocab)
             chosen = logits.gather(1, targets).squeeze(1)
             largest = logits.amax(dim=1, keepdim=True)
             masses = logits.sub_(largest).exp_()
@@ -79,11 +81,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits_grad.scatter_add_(1, targets, -kept.to(accumulator).unsqueeze(1))
             logits_grad = logits_grad.to(product_dtype)
             if hidden_grad is not None:
-                hidden_grad[rows] = logits_grad @ projection
-            if weight_grad is not None and product_dtype == accumulator:
-                weight_grad.addmm_(logits_grad.T, states)
+                hidden_grad[rows] = multiply(logits_grad, projection.T)
+            if weight_grad is not None and by_onednn:
+                weight_grad += onednn_weight_grad(logits_grad, states)
+            elif weight_grad is not None and product_dtype == accumulator:
+                torch.addmm(weight_grad, logits_grad.T, states, out=weight_grad)
             elif weight_grad is not None:
                 weight_grad += logits_grad.T @ states
+            # So that the next chunk's logits take their place.
+            del logits, masses, logits_grad
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         ctx.mark_non_differentiable(z_loss)
         return total, z_loss
