@@ -65,8 +65,7 @@ def test_layer_and_loss_take_it_in_training_and_count_the_same_operations():
             chunked_cross_entropy(layer(x), vocabulary, labels, chunk_size=16)[0].backward()
         counts.append(counter)
     assert counts[0].get_total_flops() == counts[1].get_total_flops() == 3 * 2 * 16 * (24 * 16 + 16 * 32)
-    operators = {str(operator) for operator in counts[0].get_flop_counts()["Global"]}
-    assert operators == {f"{linear.NAMESPACE}.{name}" for name in ("onednn_linear", "onednn_weight_grad")}
+    assert [str(operator) for operator in counts[0].get_flop_counts()["Global"]] == [f"{linear.NAMESPACE}.onednn_linear"]
 
 
 def test_loss_in_chunks_equals_pytorchs():

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Multiplications of a product from which on the faster library makes up for calling it.
 SMALLEST = 1 << 24
-# Namespace of the operators below: one a copy of this module, since each folder of an exported model holds one.
+# Namespace of the operator below: one a copy of this module, since each folder of an exported model holds one.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
@@ -58,24 +58,20 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::onednn_weight_grad", mutates_args=())
-def onednn_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the weight of `x · weightᵀ`: `gradᵀ · x` over all rows, (outer, inner)."""
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    # The library wants each row of its first operand together in memory. Turning the narrower one costs less.
-    if x.shape[1] <= grad.shape[1]:
-        return onednn_linear(x.T.contiguous(), grad.T).T.contiguous()
-    return onednn_linear(grad.T.contiguous(), x.T)
-
-
 @onednn_linear.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@onednn_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(grad.shape[-1], x.shape[-1])
+def onednn_weight_grad(
+    grad: Float[Tensor, "*rows outer"], x: Float[Tensor, "*rows inner"]
+) -> Float[Tensor, "outer inner"]:
+    """The gradient of the weight of `onednn_linear`: `gradᵀ · x` over all rows."""
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    # The library wants each row of its first operand together in memory. Turning the narrower one costs less.
+    if x.shape[1] <= grad.shape[1]:
+        return onednn_linear(x.T.contiguous(), grad.T).T.contiguous()
+    return onednn_linear(grad.T.contiguous(), x.T)
 
 
 def _save_operands(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -95,8 +91,3 @@ onednn_linear.register_autograd(_backward, setup_context=_save_operands)
 @register_flop_formula([getattr(torch.ops, NAMESPACE).onednn_linear])
 def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * torch.Size(x).numel() * weight[0]
-
-
-@register_flop_formula([getattr(torch.ops, NAMESPACE).onednn_weight_grad])
-def _weight_grad_flops(grad: Any, x: Any, *_: Any, **__: Any) -> int:
-    return 2 * torch.Size(x).numel() * grad[-1]
