@@ -59,10 +59,11 @@ def test_reward_model_and_dpo_learn_the_same_from_two_ranks_as_from_one(
     two_config = override_config(config, [*TWO_RANKS, *STRATEGIES[strategy], *half])
     two = launch(align_on_rank, (two_config, manifest, dense_folder), two_config)
     one_rows, two_rows = (read_metrics(Path(result.output_dir) / "metrics.jsonl") for result in (one, two))
-    # Sums in another order: rounding, which AdamW's first steps make larger; most under the reward model, whose head begins at
-    # zero, so that the first gradients of its decoder are next to nothing.
-    for name, tolerance in {"rlhf/reward_loss": 5e-3, "rlhf/policy_loss": 1e-3, "rlhf/margin": 1e-3}.items():
-        assert two_rows[0][name] == pytest.approx(one_rows[0][name], rel=tolerance, abs=1e-4), name
+    # Sums in another order: rounding, which AdamW's first steps make larger.
+    for name in ("rlhf/policy_loss", "rlhf/margin"):
+        assert two_rows[0][name] == pytest.approx(one_rows[0][name], rel=1e-3, abs=1e-4), name
+    # Rounding makes it 4e-9; a head whose gradient is scaled by the ranks, and so clipped more, 4e-5 at least.
+    assert two_rows[0]["rlhf/reward_loss"] == pytest.approx(one_rows[0]["rlhf/reward_loss"], rel=1e-5)
     assert two_rows[1]["rlhf/policy_loss"] == pytest.approx(one_rows[1]["rlhf/policy_loss"], rel=1e-3)
     expected = load_model(Path(one.final_model)).state_dict()
     for name, tensor in load_model(Path(two.final_model)).state_dict().items():
@@ -74,16 +75,18 @@ def learn_rewards_on_rank(config, manifest, init_from):
 
 
 @pytest.mark.slow
-def test_reward_stage_learns_the_same_from_two_ranks_as_from_one(config, manifest, dense_folder, tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_reward_stage_learns_the_same_from_two_ranks_as_from_one(config, manifest, dense_folder, tmp_path, strategy):
     config = override_config(config, ["rlhf.only_reward_model=true", "training.checkpoint_steps=3"])
     one = learn_rewards_on_rank(config, manifest, dense_folder)
-    over = [*TWO_RANKS, *STRATEGIES["fsdp"], f"output.output_dir={tmp_path / 'two'}"]
+    over = [*TWO_RANKS, *STRATEGIES[strategy], f"output.output_dir={tmp_path / 'two'}"]
     two_config = override_config(config, over)
     two = launch(learn_rewards_on_rank, (two_config, manifest, dense_folder), two_config)
     assert (two.steps, two.tokens) == (one.steps, one.tokens)
     models = [load_reward_model(Path(done.final_model)) for done in (one, two)]
-    torch.testing.assert_close(models[0].head.weight, models[1].head.weight, atol=2e-4, rtol=0)
-    assert models[0].record.loss == pytest.approx(models[1].record.loss, rel=1e-3)
+    # Rounding moves the head by 1e-8; clipping a gradient that is scaled by the ranks moves it by 4e-4.
+    torch.testing.assert_close(models[0].head.weight, models[1].head.weight, atol=1e-5, rtol=0)
+    assert models[0].record.loss == pytest.approx(models[1].record.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(

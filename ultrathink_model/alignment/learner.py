@@ -148,7 +148,8 @@ class Learner:
         if self.head is not None and self._head_optimizer is not None:
             for parameter in self.head.parameters():
                 assert parameter.grad is not None, "the head takes part in every loss"
-                all_reduce_sum(parameter.grad)
+                # `backward` has scaled the loss for a strategy that averages over the ranks; this is their sum.
+                all_reduce_sum(parameter.grad).div_(self._strategy.gradient_scale)
             if self._max_norm is not None:
                 nn.utils.clip_grad_norm_(self.head.parameters(), self._max_norm)
             self._head_optimizer.step()
