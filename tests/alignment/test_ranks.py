@@ -45,6 +45,18 @@ def test_stage_runs_on_two_ranks(config, manifest, routed_folder, algorithm, str
     assert rows[0]["rlhf/update_steps"] > 0
 
 
+@pytest.mark.slow
+def test_value_head_learns_the_same_under_zero_as_under_ddp(config, manifest, dense_folder, tmp_path):
+    losses = []
+    for strategy in ("ddp", "zero2"):
+        over = [*TWO_RANKS, *STRATEGIES[strategy], "rlhf.algorithm=ppo", f"output.output_dir={tmp_path / strategy}"]
+        two_config = override_config(config, over)
+        result = launch(align_on_rank, (two_config, manifest, dense_folder), two_config)
+        losses.append([row["rlhf/value_loss"] for row in read_metrics(Path(result.output_dir) / "metrics.jsonl")[:2]])
+    # A head whose gradient is scaled by the ranks, and so clipped more, makes half as much again in the second round.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero2", "zero3"))]
 )
