@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 # Multiplications of a product from which on the faster library makes up for calling it.
@@ -35,7 +36,7 @@ class Linear(nn.Linear):
         """Applies the matrix to each row."""
         # Not in generation: oneDNN compiles a kernel for each new shape.
         if self.training and torch.is_grad_enabled() and takes_onednn(x, self.weight):
-            return onednn_linear(x, self.weight)
+            return _OneDNNLinear.apply(x, self.weight)
         return super().forward(x)
 
 
@@ -52,15 +53,11 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::onednn_linear", mutates_args=())
-def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x · weightᵀ` of (…, inner) and (outer, inner); the weight may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-@onednn_linear.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def onednn_linear(
+    x: Float[Tensor, "*rows inner"], weight: Float[Tensor, "outer inner"]
+) -> Float[Tensor, "*rows outer"]:
+    """`x · weightᵀ`, which autograd does not follow; the weight may be a transposed view."""
+    return _operators.onednn_linear(x, weight)
 
 
 def onednn_weight_grad(
@@ -74,20 +71,38 @@ def onednn_weight_grad(
     return onednn_linear(grad.T.contiguous(), x.T)
 
 
-def _save_operands(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        x_grad = onednn_linear(grad, weight.T) if ctx.needs_input_grad[0] else None
+        weight_grad = onednn_weight_grad(grad, x) if ctx.needs_input_grad[1] else None
+        return x_grad, weight_grad
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    x_grad = onednn_linear(grad, weight.T) if ctx.needs_input_grad[0] else None
-    weight_grad = onednn_weight_grad(grad, x) if ctx.needs_input_grad[1] else None
-    return x_grad, weight_grad
+# An operator of ours around oneDNN's: the compiler takes the weight of that one to be a constant. Defined by hand, since
+# what `torch.library.custom_op` puts around each call takes as long as the smallest products.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define("onednn_linear(Tensor x, Tensor weight) -> Tensor")
+_operators = getattr(torch.ops, NAMESPACE)
 
 
-onednn_linear.register_autograd(_backward, setup_context=_save_operands)
+@torch.library.impl(_library, "onednn_linear", "CPU")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-@register_flop_formula([getattr(torch.ops, NAMESPACE).onednn_linear])
+@torch.library.register_fake(f"{NAMESPACE}::onednn_linear", lib=_library)
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@register_flop_formula([_operators.onednn_linear])
 def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * torch.Size(x).numel() * weight[0]
