@@ -277,7 +277,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=parts)
     parser.add_argument("--size", choices=SIZES, default="7M")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--steps", type=int, help="of each run; 120 for peers, whose turns are whole seconds, otherwise 20"
+    )
     parser.add_argument("--sequences", type=int, default=8, help="sequences in a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, help="folder of prepared data, to prepare them only once")
@@ -289,7 +291,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.folder = Path(tempfile.mkdtemp(prefix="ultrathink-bench-"))
     try:
+        steps = arguments.steps
         for name in [arguments.part] if arguments.part else parts:
+            arguments.steps = steps or (120 if name == "peers" else 20)
             parts[name](arguments)
     finally:
         shutil.rmtree(arguments.folder)
