@@ -2,6 +2,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ultrathink_model.models import linear
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
 FEATURES = [(), ("advanced.enable_moe=true", "advanced.enable_dre=true", "moe.router_jitter=0.2")]
 
 
@@ -35,7 +38,10 @@ def test_recomputation_changes_no_gradient(small_model, features, mode):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def test_selective_recomputes_no_product_and_whole_all_of_a_block(small_model):
+@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)])
+def test_selective_recomputes_no_product_and_whole_all_of_a_block(small_model, monkeypatch, by_onednn):
+    monkeypatch.setattr(linear, "ONEDNN_IS_FASTER", by_onednn)
+    monkeypatch.setattr(linear, "SMALLEST", 1)
     on = "model.gradient_checkpointing=true"
     _, plain, _ = passed_back(small_model())
     _, whole, _ = passed_back(small_model(on))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-# Multiplications of a product from which on the faster library makes up for calling it.
-SMALLEST = 1 << 24
+# Multiplications of a product from which on the faster library makes up for turning operands and compiling kernels.
+SMALLEST = 1 << 28
 # Namespace of the operator below: one a copy of this module, since each folder of an exported model holds one.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -27,7 +27,7 @@ ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
 class Linear(nn.Linear):
-    """`x · weightᵀ`, without a bias."""
+    """`x · weightᵀ`, without a bias; in training by oneDNN where that is faster."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -60,49 +60,48 @@ def onednn_linear(
     return _operators.onednn_linear(x, weight)
 
 
-def onednn_weight_grad(
-    grad: Float[Tensor, "*rows outer"], x: Float[Tensor, "*rows inner"]
-) -> Float[Tensor, "outer inner"]:
-    """The gradient of the weight of `onednn_linear`: `gradᵀ · x` over all rows."""
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    # The library wants each row of its first operand together in memory. Turning the narrower one costs less.
-    if x.shape[1] <= grad.shape[1]:
-        return onednn_linear(x.T.contiguous(), grad.T).T.contiguous()
-    return onednn_linear(grad.T.contiguous(), x.T)
-
-
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        need_x, need_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
         return onednn_linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        x_grad = onednn_linear(grad, weight.T) if ctx.needs_input_grad[0] else None
-        weight_grad = onednn_weight_grad(grad, x) if ctx.needs_input_grad[1] else None
-        return x_grad, weight_grad
+        return (
+            None if weight is None else onednn_linear(grad, weight.T),
+            None if x is None else _weight_grad(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])),
+        )
+
+
+def _weight_grad(grad: Float[Tensor, "rows outer"], x: Float[Tensor, "rows inner"]) -> Float[Tensor, "outer inner"]:
+    """`gradᵀ · x`. The library wants each row of its first operand together; turning the narrower one costs less."""
+    if x.shape[1] <= grad.shape[1]:
+        return onednn_linear(x.T.contiguous(), grad.T).T.contiguous()
+    return onednn_linear(grad.T.contiguous(), x.T)
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _empty_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _count_operations(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """For `torch.utils.flop_counter`, which gives the shapes."""
+    return 2 * torch.Size(x).numel() * weight[0]
 
 
 # An operator of ours around oneDNN's: the compiler takes the weight of that one to be a constant. Defined by hand, since
 # what `torch.library.custom_op` puts around each call takes as long as the smallest products.
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define("onednn_linear(Tensor x, Tensor weight) -> Tensor")
 _operators = getattr(torch.ops, NAMESPACE)
-
-
-@torch.library.impl(_library, "onednn_linear", "CPU")
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-@torch.library.register_fake(f"{NAMESPACE}::onednn_linear", lib=_library)
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@register_flop_formula([_operators.onednn_linear])
-def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * torch.Size(x).numel() * weight[0]
+if not hasattr(_operators, "onednn_linear"):  # the module may be executed again
+    torch.library.define(f"{NAMESPACE}::onednn_linear", "(Tensor x, Tensor weight) -> Tensor")
+    torch.library.impl(f"{NAMESPACE}::onednn_linear", "cpu", _multiply)
+    torch.library.register_fake(f"{NAMESPACE}::onednn_linear", _empty_product)
+    register_flop_formula([_operators.onednn_linear])(_count_operations)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ultrathink_model.models.linear import onednn_linear, onednn_weight_grad, takes_onednn
+from ultrathink_model.models.linear import onednn_linear, takes_onednn
 from ultrathink_model.models.precision import autocast_dtype
 
 IGNORED_LABEL = -100
@@ -58,8 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss = torch.zeros_like(total)
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=accumulator, device=weight.device) if need_weight else None
-        by_onednn = (need_hidden or need_weight) and takes_onednn(hidden, projection)
-        multiply = onednn_linear if by_onednn else F.linear
+        multiply = onednn_linear if need_hidden and takes_onednn(hidden, projection) else F.linear
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             states, targets = hidden[rows].to(product_dtype), labels[rows]
@@ -75,6 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += ((log_partition - chosen) * kept + z_term).sum()
             z_loss += z_term.sum()
             if hidden_grad is None and weight_grad is None:
+                del logits, masses
                 continue
             scale = kept * (1 + 2 * z_loss_weight * log_partition)
             logits_grad = masses.mul_(scale.unsqueeze(1) / partition)
@@ -82,9 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits_grad = logits_grad.to(product_dtype)
             if hidden_grad is not None:
                 hidden_grad[rows] = multiply(logits_grad, projection.T)
-            if weight_grad is not None and by_onednn:
-                weight_grad += onednn_weight_grad(logits_grad, states)
-            elif weight_grad is not None and product_dtype == accumulator:
+            if weight_grad is not None and product_dtype == accumulator:
                 torch.addmm(weight_grad, logits_grad.T, states, out=weight_grad)
             elif weight_grad is not None:
                 weight_grad += logits_grad.T @ states
