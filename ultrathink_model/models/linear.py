@@ -98,7 +98,7 @@ def _count_operations(x: Any, weight: Any, *_: Any, **__: Any) -> int:
 
 
 # An operator of ours around oneDNN's: the compiler takes the weight of that one to be a constant. Defined by hand, since
-# what `torch.library.custom_op` puts around each call takes as long as the smallest products.
+# `torch.library.custom_op` puts more around each call.
 _operators = getattr(torch.ops, NAMESPACE)
 if not hasattr(_operators, "onednn_linear"):  # the module may be executed again
     torch.library.define(f"{NAMESPACE}::onednn_linear", "(Tensor x, Tensor weight) -> Tensor")
