@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+from ultrathink_model.models import mkl
 from ultrathink_model.models.dispatch import Dispatch, grouped_linear, sum_copies, take_copies, take_weights
 
 EXPERTS, TOP_K, TOKENS = 5, 2, 13
@@ -63,9 +64,29 @@ def test_gradients_equal_finite_differences():
     assert gradcheck(lambda rows, matrices: grouped_linear(rows, matrices, dispatch.ends), (rows, matrices))
 
 
+@pytest.fixture(params=["MKL", "PyTorch"])
+def _library(request, monkeypatch):
+    """MKL in one call, where this PyTorch has it; else, and for other formats than float32, PyTorch's own."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(mkl, "_batched_product", lambda: None)
+    elif not torch.backends.mkl.is_available():
+        pytest.skip("this PyTorch has no MKL")
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+def test_small_products_go_to_mkl_in_one_call():
+    ends = torch.tensor([8, 20], dtype=torch.int32)
+    rows, weight = torch.ones(20, 4), torch.ones(2, 3, 4)
+    assert mkl.mkl_is_faster(rows, weight, ends)
+    assert not mkl.mkl_is_faster(rows.double(), weight.double(), ends)
+    assert not mkl.mkl_is_faster(torch.ones(2 * mkl.LARGE_GROUP, 4), weight, ends)
+    assert not mkl.mkl_is_faster(rows[:0], weight, ends)
+
+
 # The widths of the first are what the grouped kernels take; those of the second are not multiples of 16 bytes.
 @pytest.mark.parametrize(("inner", "outer"), [(16, 24), (7, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.usefixtures("_library")
 def test_grouped_product_equals_a_loop_over_experts(inner, outer, dtype):
     dispatch = Dispatch.sort(random_choice(), EXPERTS)
     torch.manual_seed(0)
@@ -83,13 +104,18 @@ def test_grouped_product_equals_a_loop_over_experts(inner, outer, dtype):
         torch.testing.assert_close(ours_part.grad, plain_part.grad, atol=4 * bound, rtol=4 * bound)
 
 
-def test_expanded_gradient_is_taken():
+@pytest.mark.usefixtures("_library")
+def test_expanded_and_transposed_operands_are_taken():
     dispatch = Dispatch.sort(random_choice(), EXPERTS)
-    rows = torch.ones(TOKENS * TOP_K, 8, requires_grad=True)
-    grouped_linear(rows, torch.ones(EXPERTS, 4, 8), dispatch.ends).sum().backward()
+    rows = torch.ones(8, TOKENS * TOP_K).T.requires_grad_()
+    weight = torch.ones(EXPERTS, 8, 4).mT
+    product = grouped_linear(rows, weight, dispatch.ends)
+    assert (product == 8).all()
+    product.sum().backward()  # its gradient is one number, expanded
     assert (rows.grad == 4).all()
 
 
+@pytest.mark.usefixtures("_library")
 def test_an_expert_that_no_token_chose_gets_a_gradient_of_zero():
     dispatch = Dispatch.sort(random_choice(), EXPERTS)
     weight = torch.ones(EXPERTS, 8, 8, requires_grad=True)

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from ultrathink_model.models.mkl import mkl_grouped_outer_product, mkl_grouped_product, mkl_is_faster
+
 # Rows of both operands must start at multiples of this for PyTorch's grouped kernels.
 ALIGNMENT_BYTES = 16
 # Namespace of the operators below: one a copy of this module, since each folder of an exported model holds one.
@@ -98,6 +100,8 @@ def grouped_linear(
 
 @torch.library.custom_op(f"{NAMESPACE}::grouped_linear", mutates_args=())
 def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if mkl_is_faster(rows, weight, ends):
+        return mkl_grouped_product(rows, weight, ends)
     if _kernel_takes(rows, weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     out = rows.new_empty(rows.shape[0], weight.shape[1])
@@ -109,6 +113,8 @@ def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::grouped_weight_grad", mutates_args=())
 def _grouped_weight_grad(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """The gradient of the weights of `grouped_linear`: `grad[range]ᵀ · rows[range]` for each expert."""
+    if mkl_is_faster(grad, rows, ends):
+        return mkl_grouped_outer_product(grad, rows, ends)
     if _kernel_takes(grad, rows):
         return F.grouped_mm(grad.T, rows, offs=ends)
     out = rows.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
