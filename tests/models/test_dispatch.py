@@ -67,6 +67,7 @@ def test_gradients_equal_finite_differences():
 @pytest.fixture(params=["MKL", "PyTorch"])
 def _library(request, monkeypatch):
     """MKL in one call, where this PyTorch has it; else, and for other formats than float32, PyTorch's own."""
+    monkeypatch.setattr(mkl, "FEWEST_ROWS", 0)
     if request.param == "PyTorch":
         monkeypatch.setattr(mkl, "_batched_product", lambda: None)
     elif not torch.backends.mkl.is_available():
@@ -75,12 +76,13 @@ def _library(request, monkeypatch):
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
 def test_small_products_go_to_mkl_in_one_call():
-    ends = torch.tensor([8, 20], dtype=torch.int32)
-    rows, weight = torch.ones(20, 4), torch.ones(2, 3, 4)
+    ends = torch.tensor([60, mkl.FEWEST_ROWS], dtype=torch.int32)
+    rows, weight = torch.ones(mkl.FEWEST_ROWS, 4), torch.ones(2, 3, 4)
     assert mkl.mkl_is_faster(rows, weight, ends)
-    assert not mkl.mkl_is_faster(rows.double(), weight.double(), ends)
+    assert not mkl.mkl_is_faster(rows[:-1], weight, ends)
     assert not mkl.mkl_is_faster(torch.ones(2 * mkl.LARGE_GROUP, 4), weight, ends)
-    assert not mkl.mkl_is_faster(rows[:0], weight, ends)
+    assert not mkl.mkl_is_faster(rows.double(), weight.double(), ends)
+    assert not mkl.mkl_is_faster(rows[:, :0], weight[:, :, :0], ends)
 
 
 # The widths of the first are what the grouped kernels take; those of the second are not multiples of 16 bytes.

@@ -18,8 +18,9 @@ from torch import Tensor
 
 # From MKL's mkl_cblas.h.
 ROW_MAJOR, AS_IT_IS, TRANSPOSED = 101, 111, 112
-# Rows of a group, on average, from which on a product takes longer in one thread than its share of all.
-LARGE_GROUP = 512
+# Rows of all groups from which on one call makes up for what it takes to describe it, and rows of a group, on average,
+# from which on a product takes longer in one thread than its share of all.
+FEWEST_ROWS, LARGE_GROUP = 64, 512
 
 Sizes = NDArray[np.int32]
 Addresses = NDArray[np.int64]
@@ -41,7 +42,7 @@ def _batched_product() -> Callable[..., None] | None:
 def mkl_is_faster(left: Tensor, right: Tensor, ends: Tensor) -> bool:
     """Whether this PyTorch has the call, and takes longer by itself for products of these."""
     return (
-        left.shape[0] < LARGE_GROUP * ends.shape[0]
+        FEWEST_ROWS <= left.shape[0] < LARGE_GROUP * ends.shape[0]
         and all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 for x in (left, right))
         and _batched_product() is not None
     )
