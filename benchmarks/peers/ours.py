@@ -13,7 +13,7 @@ from ultrathink_model.distributed.context import init_distributed
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.models.transformer import build_model
 from ultrathink_model.tracking.run_folder import RunFolder
-from ultrathink_model.training.assembly import compile_blocks
+from ultrathink_model.training.assembly import compile_model
 from ultrathink_model.training.callbacks.callback import Callback
 from ultrathink_model.training.checkpoint import RunPosition
 from ultrathink_model.training.length import RunLength
@@ -42,8 +42,7 @@ def our_trainer(config: Config) -> LoopSteps:
 def _make_trainer(config: Config, rows: Tensor, pass_on: Callable[[], None]) -> Trainer:
     context = init_distributed(config)
     model = build_model(config)
-    if config.training.compile:
-        compile_blocks(model, context)
+    compile_model(model, config, context)
     strategy = make_strategy(config, context)
     strategy.prepare(model, functools.partial(make_optimizer, config.training))
     length = RunLength(ENDLESS, ENDLESS, None, None, config.training.batch_size, ENDLESS)

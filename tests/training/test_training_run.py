@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from ultrathink_model.config import load_config, override_config
 from ultrathink_model.data import TrainLoader, ValidationLoader, prepare_data
-from ultrathink_model.errors import CheckpointError
+from ultrathink_model.errors import CheckpointError, DependencyError
+from ultrathink_model.models.fused_experts import find_compiler, fuse_experts
 from ultrathink_model.models.hf import load_model
 from ultrathink_model.models.transformer import build_model
-from ultrathink_model.training import loss_scaler
+from ultrathink_model.training import assembly, loss_scaler
 from ultrathink_model.training.guard import TrainingDivergedError
 from ultrathink_model.training.result import load_result
 from ultrathink_model.training.run import train
@@ -267,6 +268,23 @@ def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):
     assert math.isclose(
         sum(rows[-1][f"train/dre/path/{path}"] for path in ("fast", "standard", "deep", "ultra_deep")), 1, abs_tol=1e-6
     )
+
+
+def test_experts_are_fused_unless_the_config_says_otherwise(train_tiny, monkeypatch):
+    fused = []
+    monkeypatch.setattr(assembly, "fuse_experts", lambda model: fused.append(fuse_experts(model)))
+    runs = {
+        value: losses(train_tiny("advanced.enable_moe=true", f"training.fuse_experts={value}", folder=value)[1])
+        for value in ("true", "false")
+    }
+    assert fused == [find_compiler() is not None and torch.backends.mkl.is_available()]
+    assert runs["true"] == pytest.approx(runs["false"], abs=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(train_tiny, monkeypatch):
+    monkeypatch.setattr(assembly, "find_compiler", lambda: None)
+    with pytest.raises(DependencyError, match=r"training\.compile=true needs a C\+\+ compiler"):
+        train_tiny("training.compile=true")
 
 
 @pytest.mark.slow

@@ -26,13 +26,17 @@ Sizes = NDArray[np.int32]
 Addresses = NDArray[np.int64]
 
 
-@functools.cache
-def _batched_product() -> Callable[..., None] | None:
-    """`cblas_sgemm_batch` as this PyTorch exports it; None where it has no MKL."""
+def mkl_function(name: str) -> Any | None:
+    """A function of the MKL within PyTorch, for `ctypes`; None where it has no MKL, or does not export this one."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not (torch.backends.mkl.is_available() and library.exists()):
         return None
-    function: Any = getattr(ctypes.CDLL(str(library)), "cblas_sgemm_batch", None)
+    return getattr(ctypes.CDLL(str(library)), name, None)
+
+
+@functools.cache
+def _batched_product() -> Callable[..., None] | None:
+    function = mkl_function("cblas_sgemm_batch")
     if function is not None:
         function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 13, ctypes.c_int, ctypes.c_void_p]
         function.restype = None

@@ -19,6 +19,8 @@ from ultrathink_model.models.tokens import Tokens
 NUM_SOURCE_GROUPS = 4
 
 ApplyExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# From rows, the scale of each copy, the dispatch and both weights to mixed rows; None where it cannot take them.
+MixExperts = Callable[[Tensor, Tensor, Dispatch, Tensor, Tensor], Tensor | None]
 
 
 def apply_experts(
@@ -66,6 +68,8 @@ class MixtureOfExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
         # Expert parallelism puts its own in place of it.
         self.apply_experts: ApplyExperts = apply_experts
+        # `fused_experts.fuse_experts` puts its own here.
+        self.fused: MixExperts | None = None
         # Share of the previous step's copies that each expert took.
         self.register_buffer("expert_load", torch.empty(self.num_experts))
         self.register_buffer("router_bias", torch.empty(self.num_experts) if moe.router_bias_rate else None)
@@ -126,13 +130,17 @@ class MixtureOfExperts(nn.Module):
 
     def _mix(self, rows: Tensor, weights: Tensor, dispatch: Dispatch, may_leave_rows: bool) -> Tensor:
         dtype = autocast_dtype(rows)
-        copies, scale = take_copies(rows.to(dtype), dispatch), take_weights(weights.to(dtype), dispatch)
-        taken = None
+        rows, scale = rows.to(dtype), take_weights(weights.to(dtype), dispatch)
+        gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
+        mixed = None if self.fused is None else self.fused(rows, scale, dispatch, gate_up, down)
+        if mixed is not None:
+            return mixed
+        copies, taken = take_copies(rows, dispatch), None
         if may_leave_rows:
             # Copies of no expert come out of the grouped products undefined, forwards and backwards.
             taken = torch.arange(copies.shape[0], device=copies.device).unsqueeze(1) < dispatch.ends[-1]
             copies, scale = copies.where(taken, 0.0), scale.where(taken, 0.0)
-        mixed = self.apply_experts(copies, scale, dispatch.ends, self.gate_up.to(dtype), self.down.to(dtype))
+        mixed = self.apply_experts(copies, scale, dispatch.ends, gate_up, down)
         return sum_copies(mixed if taken is None else mixed.where(taken, 0.0), dispatch)
 
     def _losses(

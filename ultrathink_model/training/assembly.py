@@ -2,8 +2,6 @@
 
 import functools
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from ultrathink_model.data.safety import with_safety_rows
 from ultrathink_model.distributed.context import RankContext, broadcast_object
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import DependencyError
+from ultrathink_model.models.fused_experts import find_compiler, fuse_experts
 from ultrathink_model.models.multimodal.encoder_weights import take_encoders
 from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.upcycle import initialise_from
@@ -69,8 +68,7 @@ def make_trainer(
     if init_from is not None and point is None:
         report = initialise_from(model, init_from, manifest.tokenizer_folder)
         logger.info("weights of %s: %s", init_from, report.summary())
-    if config.training.compile:
-        compile_blocks(model, context)
+    compile_model(model, config, context)
     strategy = make_strategy(config, context)
     strategy.prepare(model, functools.partial(make_optimizer, config.training))
     position = point.manifest.position.model_copy() if point else RunPosition()
@@ -155,14 +153,19 @@ def go_back(folder: RunFolder, trainer: Trainer) -> RunPosition | None:
     return point.manifest.position.model_copy()
 
 
-def compile_blocks(model: Transformer, context: RankContext) -> None:
-    """Has each block compiled at its first call: blocks alike are compiled once, and sharded ones stay apart.
+def compile_model(model: Transformer, config: Config, context: RankContext) -> None:
+    """Has compiled what the config says: experts as one operator, and each block by `torch.compile` at its first call.
+
+    Blocks alike are compiled once, and sharded ones stay apart.
 
     Raises:
         DependencyError: There is no compiler for the code that torch.compile makes for a processor.
     """
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)]
-    if context.device.type == "cpu" and not compilers:
+    if config.training.fuse_experts and context.device.type == "cpu":
+        fuse_experts(model)
+    if not config.training.compile:
+        return
+    if context.device.type == "cpu" and find_compiler() is None:
         raise DependencyError(
             "training.compile=true needs a C++ compiler on a machine without a GPU, and there is no g++ or clang++; "
             "install one, or set training.compile=false"

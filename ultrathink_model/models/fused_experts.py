@@ -1,0 +1,198 @@
+"""Experts whose whole feed-forward is one operator on a processor, in C++ that is compiled when a run asks for it.
+
+The operators of `dispatch` write every copy of every token to memory between one and the next. Here a thread takes an
+expert from the gathering of its rows to the second product, while its cache holds them; the products are MKL's.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from ultrathink_model.models.dispatch import Dispatch
+from ultrathink_model.models.mkl import mkl_function
+from ultrathink_model.models.moe import MixtureOfExperts
+from ultrathink_model.models.recomputation import KEPT
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# No flag that lets sums be taken in another order: results are to be repeatable wherever they are compiled alike.
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+
+logger = logging.getLogger(__name__)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that `torch.compile` would take, too: `CXX`, else g++ or clang++."""
+    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+
+
+def fuse_experts(model: nn.Module) -> bool:
+    """Has the mixtures of a model, or one of them, take the fused operator for what it can take.
+
+    Returns:
+        Whether there are mixtures, a compiler, and a PyTorch with MKL.
+    """
+    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    if not mixtures or _library() is None:
+        return False
+    for mixture in mixtures:
+        mixture.fused = mix_experts
+    return True
+
+
+def mix_experts(
+    rows: Float[Tensor, "tokens hidden"],
+    scale: Float[Tensor, "copies 1"],
+    dispatch: Dispatch,
+    gate_up: Float[Tensor, "experts double_width hidden"],
+    down: Float[Tensor, "experts hidden width"],
+) -> Float[Tensor, "tokens hidden"] | None:
+    """Each token's sum of `scale · down_e(silu(gate_e(x)) · up_e(x))` over its copies; None where that is not for us.
+
+    Only float32 is, on a processor, with weights in one piece and an expert at least for each thread.
+    """
+    operands = (rows, scale, gate_up, down)
+    if (
+        any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() for x in operands)
+        or not all(type(weight) in (Tensor, nn.Parameter) for weight in (gate_up, down))
+        or gate_up.shape[0] < torch.get_num_threads()
+    ):
+        return None
+    mixed, _ = _fused_experts(rows, scale, dispatch.tokens, dispatch.places, dispatch.ends, gate_up, down)
+    return mixed
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The C++ functions, compiled for this processor; None, with a line in the log, where that cannot be."""
+    product, set_threads = mkl_function("sgemm_"), mkl_function("MKL_Set_Num_Threads_Local")
+    compiler = find_compiler()
+    if product is None or set_threads is None or compiler is None:
+        logger.info("experts are not fused: that takes a C++ compiler, and a PyTorch for the CPU with MKL")
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "fused_experts.so"
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            logger.warning("experts are not fused: %s could not compile %s:\n%s", compiler, SOURCE, done.stderr.strip())
+            return None
+        library = ctypes.CDLL(str(built))
+    pointer = ctypes.c_void_p
+    library.use_library.argtypes = [pointer, pointer]
+    library.forward.argtypes = [pointer] * 8 + [ctypes.c_int64] * 4 + [ctypes.c_int]
+    library.backward.argtypes = [pointer] * 12 + [ctypes.c_int64] * 4 + [ctypes.c_int]
+    for function in (library.use_library, library.forward, library.backward):
+        function.restype = None
+    library.use_library(*(ctypes.cast(function, pointer) for function in (product, set_threads)))
+    return library
+
+
+def _call(name: str, tensors: list[Tensor], sizes: tuple[int, int, int, int]) -> None:
+    """Calls a function of the library with contiguous tensors and: copies, experts, hidden, width."""
+    library = _library()
+    assert library is not None
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    getattr(library, name)(*(tensor.data_ptr() for tensor in tensors), *sizes, torch.get_num_threads())
+
+
+def _sizes(tokens: Tensor, down: Tensor) -> tuple[int, int, int, int]:
+    experts, hidden, width = down.shape
+    return tokens.shape[0], experts, hidden, width
+
+
+@torch.library.custom_op("ultrathink::fused_experts", mutates_args=())
+def _fused_experts(
+    rows: Tensor, scale: Tensor, tokens: Tensor, places: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mixed rows, and the products of `gate_up` for the backward pass."""
+    sizes = _sizes(tokens, down)
+    copies, _, hidden, width = sizes
+    inner, out = rows.new_empty(copies, 2 * width), rows.new_empty(copies, hidden)
+    given = [tensor.contiguous() for tensor in (rows, tokens, scale, ends, gate_up, down)]
+    _call("forward", [*given, inner, out], sizes)
+    return F.embedding_bag(places, out, mode="sum"), inner
+
+
+@torch.library.custom_op("ultrathink::fused_experts_grad", mutates_args=())
+def _fused_experts_grad(
+    grad: Tensor,
+    rows: Tensor,
+    inner: Tensor,
+    scale: Tensor,
+    tokens: Tensor,
+    places: Tensor,
+    ends: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of rows, scale, gate_up and down."""
+    sizes = _sizes(tokens, down)
+    copies, _, hidden, _ = sizes
+    rows_grad = rows.new_empty(copies, hidden)
+    scale_grad, gate_up_grad, down_grad = (tensor.new_empty(tensor.shape) for tensor in (scale, gate_up, down))
+    given = [tensor.contiguous() for tensor in (grad, rows, inner, tokens, scale, ends, gate_up, down)]
+    _call("backward", [*given, rows_grad, scale_grad, gate_up_grad, down_grad], sizes)
+    return F.embedding_bag(places, rows_grad, mode="sum"), scale_grad, gate_up_grad, down_grad
+
+
+@_fused_experts.register_fake
+def _(
+    rows: Tensor, scale: Tensor, tokens: Tensor, places: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), rows.new_empty(tokens.shape[0], gate_up.shape[1])
+
+
+@_fused_experts_grad.register_fake
+def _(
+    grad: Tensor,
+    rows: Tensor,
+    inner: Tensor,
+    scale: Tensor,
+    tokens: Tensor,
+    places: Tensor,
+    ends: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(scale), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    rows, scale, tokens, places, ends, gate_up, down, inner = ctx.saved_tensors
+    rows_grad, scale_grad, gate_up_grad, down_grad = _fused_experts_grad(
+        grad, rows, inner, scale, tokens, places, ends, gate_up, down
+    )
+    return rows_grad, scale_grad, None, None, None, gate_up_grad, down_grad
+
+
+_fused_experts.register_autograd(_backward, setup_context=_save)
+# Selective recomputation keeps products.
+KEPT.append(torch.ops.ultrathink.fused_experts.default)
+
+
+@register_flop_formula([torch.ops.ultrathink.fused_experts])
+def _operations(rows: Any, scale: Any, tokens: Any, places: Any, ends: Any, gate_up: Any, down: Any, **_: Any) -> int:
+    return 2 * tokens[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
+
+
+@register_flop_formula([torch.ops.ultrathink.fused_experts_grad])
+def _grad_operations(*shapes: Any, **_: Any) -> int:
+    tokens, gate_up, down = shapes[4], shapes[7], shapes[8]
+    return 2 * 2 * tokens[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
