@@ -2,17 +2,19 @@
 //
 // A thread takes one expert after another, and of that a block of copies of tokens which its cache holds: it gathers
 // their rows, multiplies, activates and multiplies again before it goes on. All arrays are row-major and contiguous:
-//   x, grad   (tokens, hidden)            ends     (experts), one past the last copy of each
-//   token     (copies), each copy's       gate_up  (experts, 2 width, hidden), gate before up
-//   scale     (copies)                    down     (experts, hidden, width)
+//   x, grad   (tokens, hidden)            weight    (tokens, top_k), of each copy in the sum of its token
+//   slot      (copies), index of each     place     (tokens, top_k), where in the order of experts each copy is
+//             in weight and place         ends      (experts), one past the last copy of each
+//   gate_up   (experts, 2 width, hidden), gate before up
+//   down      (experts, hidden, width)
 //   inner     (copies, 2 width): gate_up's products, kept for the backward pass
-// Results for a copy of no expert, behind the last end, are zero.
+// Copies of no expert stand behind the last end, and add nothing.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 namespace {
 
@@ -60,18 +62,36 @@ inline float sigmoid(float x) {
     return 1.0f / (1.0f + e);
 }
 
-void gather(const float *source, const int64_t *token, int copies, int64_t width, float *out) {
-    for (int i = 0; i < copies; i++) std::memcpy(out + i * width, source + token[i] * width, width * sizeof(float));
+void gather(const float *source, const int64_t *slot, int64_t top_k, int copies, int64_t width, float *out) {
+    for (int i = 0; i < copies; i++) std::memcpy(out + i * width, source + slot[i] / top_k * width, width * sizeof(float));
 }
 
-// Calls `run(expert)` for each, every thread taking the next that is left.
+// out (tokens, width): the sum of each token's rows, but for those from `end` on.
+void sum_copies(const float *rows, const int64_t *place, int64_t end, int64_t tokens, int64_t top_k, int64_t width,
+                int threads, float *out) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t token = 0; token < tokens; token++) {
+        float *to = out + token * width;
+        std::fill(to, to + width, 0.0f);
+        for (int64_t k = 0; k < top_k; k++) {
+            const int64_t at = place[token * top_k + k];
+            if (at >= end) continue;
+            const float *row = rows + at * width;
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) to[j] += row[j];
+        }
+    }
+}
+
+// Calls `run(expert, scratch)` for each, every thread taking the next that is left and having `size` floats of its own.
 template <class Run>
-void each_expert(int64_t experts, int threads, Run run) {
+void each_expert(int64_t experts, int threads, int64_t size, Run run) {
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
     {
         const int before = set_threads_of_products(1);
-        for (int64_t expert; (expert = next++) < experts;) run(expert);
+        const std::unique_ptr<float[]> scratch(new float[size]);  // not cleared
+        for (int64_t expert; (expert = next++) < experts;) run(expert, scratch.get());
         set_threads_of_products(before);
     }
 }
@@ -85,38 +105,40 @@ void use_library(Product product, SetThreads set_threads) {
     set_threads_of_products = set_threads;
 }
 
-// out (copies, hidden): scale · down(silu(gate) · up).
-void forward(const float *x, const int64_t *token, const float *scale, const int32_t *ends, const float *gate_up,
-             const float *down, float *inner, float *out, int64_t copies, int64_t experts, int64_t hidden, int64_t width,
-             int threads) {
-    each_expert(experts, threads, [&](int64_t expert) {
-        std::vector<float> rows(BLOCK * hidden), active(BLOCK * width);
+// mixed (tokens, hidden): the sum over each token's copies of weight · down(silu(gate) · up).
+void forward(const float *x, const float *weight, const int64_t *slot, const int64_t *place, const int32_t *ends,
+             const float *gate_up, const float *down, float *inner, float *out, float *mixed, int64_t tokens,
+             int64_t top_k, int64_t experts, int64_t hidden, int64_t width, int threads) {
+    each_expert(experts, threads, BLOCK * (hidden + width), [&](int64_t expert, float *rows) {
+        float *active = rows + BLOCK * hidden;
         const int64_t first = expert ? ends[expert - 1] : 0;
         for (int64_t start = first; start < ends[expert]; start += BLOCK) {
             const int count = std::min<int64_t>(BLOCK, ends[expert] - start);
             float *units = inner + start * 2 * width;
-            gather(x, token + start, count, hidden, rows.data());
-            multiply(false, true, count, 2 * width, hidden, rows.data(), gate_up + expert * 2 * width * hidden, units);
+            gather(x, slot + start, top_k, count, hidden, rows);
+            multiply(false, true, count, 2 * width, hidden, rows, gate_up + expert * 2 * width * hidden, units);
             for (int i = 0; i < count; i++) {
-                const float *gate = units + i * 2 * width, *up = gate + width, by = scale[start + i];
-                float *to = active.data() + i * width;
+                const float *gate = units + i * 2 * width, *up = gate + width, by = weight[slot[start + i]];
+                float *to = active + i * width;
 #pragma omp simd
                 for (int64_t j = 0; j < width; j++) to[j] = gate[j] * sigmoid(gate[j]) * up[j] * by;
             }
-            multiply(false, true, count, hidden, width, active.data(), down + expert * hidden * width, out + start * hidden);
+            multiply(false, true, count, hidden, width, active, down + expert * hidden * width, out + start * hidden);
         }
     });
-    std::fill(out + ends[experts - 1] * hidden, out + copies * hidden, 0.0f);
+    sum_copies(out, place, ends[experts - 1], tokens, top_k, hidden, threads, mixed);
 }
 
-// x_grad (copies, hidden), scale_grad (copies), and the gradients of both weights.
-void backward(const float *grad, const float *x, const float *inner, const int64_t *token, const float *scale,
-              const int32_t *ends, const float *gate_up, const float *down, float *x_grad, float *scale_grad,
-              float *gate_up_grad, float *down_grad, int64_t copies, int64_t experts, int64_t hidden, int64_t width,
-              int threads) {
-    each_expert(experts, threads, [&](int64_t expert) {
-        std::vector<float> rows(BLOCK * hidden), out_grad(BLOCK * hidden), active(BLOCK * width),
-            active_grad(BLOCK * width), units_grad(BLOCK * 2 * width);
+// x_grad (tokens, hidden), weight_grad (tokens, top_k), and the gradients of both matrices; copies_grad is room for (copies,
+// hidden).
+void backward(const float *grad, const float *x, const float *inner, const float *weight, const int64_t *slot,
+              const int64_t *place, const int32_t *ends, const float *gate_up, const float *down, float *copies_grad,
+              float *x_grad, float *weight_grad, float *gate_up_grad, float *down_grad, int64_t tokens, int64_t top_k,
+              int64_t experts, int64_t hidden, int64_t width, int threads) {
+    std::fill(weight_grad, weight_grad + tokens * top_k, 0.0f);
+    each_expert(experts, threads, BLOCK * (2 * hidden + 4 * width), [&](int64_t expert, float *rows) {
+        float *out_grad = rows + BLOCK * hidden, *active = out_grad + BLOCK * hidden;
+        float *active_grad = active + BLOCK * width, *units_grad = active_grad + BLOCK * width;
         const int64_t size = hidden * width, first = expert ? ends[expert - 1] : 0;
         float *to_gate_up = gate_up_grad + expert * 2 * size, *to_down = down_grad + expert * size;
         if (first == ends[expert]) {
@@ -126,13 +148,13 @@ void backward(const float *grad, const float *x, const float *inner, const int64
         for (int64_t start = first; start < ends[expert]; start += BLOCK) {
             const int count = std::min<int64_t>(BLOCK, ends[expert] - start);
             const bool later = start > first;
-            gather(x, token + start, count, hidden, rows.data());
-            gather(grad, token + start, count, hidden, out_grad.data());
-            multiply(false, false, count, width, hidden, out_grad.data(), down + expert * size, active_grad.data());
+            gather(x, slot + start, top_k, count, hidden, rows);
+            gather(grad, slot + start, top_k, count, hidden, out_grad);
+            multiply(false, false, count, width, hidden, out_grad, down + expert * size, active_grad);
             for (int i = 0; i < count; i++) {
-                const float *gate = inner + (start + i) * 2 * width, *up = gate + width, by = scale[start + i];
-                const float *from = active_grad.data() + i * width;
-                float *to = active.data() + i * width, *to_gate = units_grad.data() + i * 2 * width, *to_up = to_gate + width;
+                const float *gate = inner + (start + i) * 2 * width, *up = gate + width, by = weight[slot[start + i]];
+                const float *from = active_grad + i * width;
+                float *to = active + i * width, *to_gate = units_grad + i * 2 * width, *to_up = to_gate + width;
                 float total = 0;
 #pragma omp simd reduction(+ : total)
                 for (int64_t j = 0; j < width; j++) {
@@ -142,16 +164,15 @@ void backward(const float *grad, const float *x, const float *inner, const int64
                     to_up[j] = scaled * silu;
                     to_gate[j] = scaled * up[j] * (open + silu * (1.0f - open));
                 }
-                scale_grad[start + i] = total;
+                weight_grad[slot[start + i]] = total;
             }
-            multiply(true, false, hidden, width, count, out_grad.data(), active.data(), to_down, later);
-            multiply(true, false, 2 * width, hidden, count, units_grad.data(), rows.data(), to_gate_up, later);
-            multiply(false, false, count, hidden, 2 * width, units_grad.data(), gate_up + expert * 2 * size,
-                     x_grad + start * hidden);
+            multiply(true, false, hidden, width, count, out_grad, active, to_down, later);
+            multiply(true, false, 2 * width, hidden, count, units_grad, rows, to_gate_up, later);
+            multiply(false, false, count, hidden, 2 * width, units_grad, gate_up + expert * 2 * size,
+                     copies_grad + start * hidden);
         }
     });
-    std::fill(x_grad + ends[experts - 1] * hidden, x_grad + copies * hidden, 0.0f);
-    std::fill(scale_grad + ends[experts - 1], scale_grad + copies, 0.0f);
+    sum_copies(copies_grad, place, ends[experts - 1], tokens, top_k, hidden, threads, x_grad);
 }
 
 }  // extern "C"

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from ultrathink_model.models.dispatch import Dispatch
@@ -53,23 +52,23 @@ def fuse_experts(model: nn.Module) -> bool:
 
 def mix_experts(
     rows: Float[Tensor, "tokens hidden"],
-    scale: Float[Tensor, "copies 1"],
+    weights: Float[Tensor, "tokens top_k"],
     dispatch: Dispatch,
     gate_up: Float[Tensor, "experts double_width hidden"],
     down: Float[Tensor, "experts hidden width"],
 ) -> Float[Tensor, "tokens hidden"] | None:
-    """Each token's sum of `scale · down_e(silu(gate_e(x)) · up_e(x))` over its copies; None where that is not for us.
+    """Each token's sum of `weight · down_e(silu(gate_e(x)) · up_e(x))` over its copies; None where that is not for us.
 
-    Only float32 is, on a processor, with weights in one piece and an expert at least for each thread.
+    Only float32 is, on a processor, with matrices in one piece and an expert at least for each thread.
     """
-    operands = (rows, scale, gate_up, down)
+    operands = (rows, weights, gate_up, down)
     if (
         any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() for x in operands)
-        or not all(type(weight) in (Tensor, nn.Parameter) for weight in (gate_up, down))
+        or not all(type(matrices) in (Tensor, nn.Parameter) for matrices in (gate_up, down))
         or gate_up.shape[0] < torch.get_num_threads()
     ):
         return None
-    mixed, _ = _fused_experts(rows, scale, dispatch.tokens, dispatch.places, dispatch.ends, gate_up, down)
+    mixed, _ = _fused_experts(rows, weights, dispatch.slots, dispatch.places, dispatch.ends, gate_up, down)
     return mixed
 
 
@@ -91,38 +90,33 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(built))
     pointer = ctypes.c_void_p
     library.use_library.argtypes = [pointer, pointer]
-    library.forward.argtypes = [pointer] * 8 + [ctypes.c_int64] * 4 + [ctypes.c_int]
-    library.backward.argtypes = [pointer] * 12 + [ctypes.c_int64] * 4 + [ctypes.c_int]
+    library.forward.argtypes = [pointer] * 10 + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    library.backward.argtypes = [pointer] * 14 + [ctypes.c_int64] * 5 + [ctypes.c_int]
     for function in (library.use_library, library.forward, library.backward):
         function.restype = None
     library.use_library(*(ctypes.cast(function, pointer) for function in (product, set_threads)))
     return library
 
 
-def _call(name: str, tensors: list[Tensor], sizes: tuple[int, int, int, int]) -> None:
-    """Calls a function of the library with contiguous tensors and: copies, experts, hidden, width."""
+def _call(name: str, tensors: list[Tensor], weights: Tensor, down: Tensor) -> None:
+    """Calls a function of the library with contiguous tensors, in its order."""
     library = _library()
     assert library is not None
     assert all(tensor.is_contiguous() for tensor in tensors)
-    getattr(library, name)(*(tensor.data_ptr() for tensor in tensors), *sizes, torch.get_num_threads())
-
-
-def _sizes(tokens: Tensor, down: Tensor) -> tuple[int, int, int, int]:
-    experts, hidden, width = down.shape
-    return tokens.shape[0], experts, hidden, width
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    getattr(library, name)(*addresses, *weights.shape, *down.shape, torch.get_num_threads())
 
 
 @torch.library.custom_op("ultrathink::fused_experts", mutates_args=())
 def _fused_experts(
-    rows: Tensor, scale: Tensor, tokens: Tensor, places: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+    rows: Tensor, weights: Tensor, slots: Tensor, places: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The mixed rows, and the products of `gate_up` for the backward pass."""
-    sizes = _sizes(tokens, down)
-    copies, _, hidden, width = sizes
-    inner, out = rows.new_empty(copies, 2 * width), rows.new_empty(copies, hidden)
-    given = [tensor.contiguous() for tensor in (rows, tokens, scale, ends, gate_up, down)]
-    _call("forward", [*given, inner, out], sizes)
-    return F.embedding_bag(places, out, mode="sum"), inner
+    inner = rows.new_empty(slots.shape[0], gate_up.shape[1])
+    out, mixed = rows.new_empty(slots.shape[0], rows.shape[1]), rows.new_empty(rows.shape)
+    given = [tensor.contiguous() for tensor in (rows, weights, slots, places, ends, gate_up, down)]
+    _call("forward", [*given, inner, out, mixed], weights, down)
+    return mixed, inner
 
 
 @torch.library.custom_op("ultrathink::fused_experts_grad", mutates_args=())
@@ -130,28 +124,26 @@ def _fused_experts_grad(
     grad: Tensor,
     rows: Tensor,
     inner: Tensor,
-    scale: Tensor,
-    tokens: Tensor,
+    weights: Tensor,
+    slots: Tensor,
     places: Tensor,
     ends: Tensor,
     gate_up: Tensor,
     down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of rows, scale, gate_up and down."""
-    sizes = _sizes(tokens, down)
-    copies, _, hidden, _ = sizes
-    rows_grad = rows.new_empty(copies, hidden)
-    scale_grad, gate_up_grad, down_grad = (tensor.new_empty(tensor.shape) for tensor in (scale, gate_up, down))
-    given = [tensor.contiguous() for tensor in (grad, rows, inner, tokens, scale, ends, gate_up, down)]
-    _call("backward", [*given, rows_grad, scale_grad, gate_up_grad, down_grad], sizes)
-    return F.embedding_bag(places, rows_grad, mode="sum"), scale_grad, gate_up_grad, down_grad
+    """The gradients of rows, weights, gate_up and down."""
+    copies_grad = rows.new_empty(slots.shape[0], rows.shape[1])
+    rows_grad, weights_grad, gate_up_grad, down_grad = (x.new_empty(x.shape) for x in (rows, weights, gate_up, down))
+    given = [tensor.contiguous() for tensor in (grad, rows, inner, weights, slots, places, ends, gate_up, down)]
+    _call("backward", [*given, copies_grad, rows_grad, weights_grad, gate_up_grad, down_grad], weights, down)
+    return rows_grad, weights_grad, gate_up_grad, down_grad
 
 
 @_fused_experts.register_fake
 def _(
-    rows: Tensor, scale: Tensor, tokens: Tensor, places: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+    rows: Tensor, weights: Tensor, slots: Tensor, places: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows), rows.new_empty(tokens.shape[0], gate_up.shape[1])
+    return rows.new_empty(rows.shape), rows.new_empty(slots.shape[0], gate_up.shape[1])
 
 
 @_fused_experts_grad.register_fake
@@ -159,14 +151,19 @@ def _(
     grad: Tensor,
     rows: Tensor,
     inner: Tensor,
-    scale: Tensor,
-    tokens: Tensor,
+    weights: Tensor,
+    slots: Tensor,
     places: Tensor,
     ends: Tensor,
     gate_up: Tensor,
     down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(scale), torch.empty_like(gate_up), torch.empty_like(down)
+    return (
+        rows.new_empty(rows.shape),
+        weights.new_empty(weights.shape),
+        gate_up.new_empty(gate_up.shape),
+        down.new_empty(down.shape),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -175,11 +172,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    rows, scale, tokens, places, ends, gate_up, down, inner = ctx.saved_tensors
-    rows_grad, scale_grad, gate_up_grad, down_grad = _fused_experts_grad(
-        grad, rows, inner, scale, tokens, places, ends, gate_up, down
+    rows, weights, slots, places, ends, gate_up, down, inner = ctx.saved_tensors
+    rows_grad, weights_grad, gate_up_grad, down_grad = _fused_experts_grad(
+        grad, rows, inner, weights, slots, places, ends, gate_up, down
     )
-    return rows_grad, scale_grad, None, None, None, gate_up_grad, down_grad
+    return rows_grad, weights_grad, None, None, None, gate_up_grad, down_grad
 
 
 _fused_experts.register_autograd(_backward, setup_context=_save)
@@ -188,11 +185,11 @@ KEPT.append(torch.ops.ultrathink.fused_experts.default)
 
 
 @register_flop_formula([torch.ops.ultrathink.fused_experts])
-def _operations(rows: Any, scale: Any, tokens: Any, places: Any, ends: Any, gate_up: Any, down: Any, **_: Any) -> int:
-    return 2 * tokens[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
+def _operations(rows: Any, weights: Any, slots: Any, places: Any, ends: Any, gate_up: Any, down: Any, **_: Any) -> int:
+    return 2 * slots[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
 
 
 @register_flop_formula([torch.ops.ultrathink.fused_experts_grad])
 def _grad_operations(*shapes: Any, **_: Any) -> int:
-    tokens, gate_up, down = shapes[4], shapes[7], shapes[8]
-    return 2 * 2 * tokens[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
+    slots, gate_up, down = shapes[4], shapes[7], shapes[8]
+    return 2 * 2 * slots[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])

@@ -19,7 +19,7 @@ from ultrathink_model.models.tokens import Tokens
 NUM_SOURCE_GROUPS = 4
 
 ApplyExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-# From rows, the scale of each copy, the dispatch and both weights to mixed rows; None where it cannot take them.
+# From rows, weights, dispatch and the experts' matrices to mixed rows; None where it cannot take them.
 MixExperts = Callable[[Tensor, Tensor, Dispatch, Tensor, Tensor], Tensor | None]
 
 
@@ -130,12 +130,12 @@ class MixtureOfExperts(nn.Module):
 
     def _mix(self, rows: Tensor, weights: Tensor, dispatch: Dispatch, may_leave_rows: bool) -> Tensor:
         dtype = autocast_dtype(rows)
-        rows, scale = rows.to(dtype), take_weights(weights.to(dtype), dispatch)
+        rows, weights = rows.to(dtype), weights.to(dtype)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        mixed = None if self.fused is None else self.fused(rows, scale, dispatch, gate_up, down)
+        mixed = None if self.fused is None else self.fused(rows, weights, dispatch, gate_up, down)
         if mixed is not None:
             return mixed
-        copies, taken = take_copies(rows, dispatch), None
+        copies, scale, taken = take_copies(rows, dispatch), take_weights(weights, dispatch), None
         if may_leave_rows:
             # Copies of no expert come out of the grouped products undefined, forwards and backwards.
             taken = torch.arange(copies.shape[0], device=copies.device).unsqueeze(1) < dispatch.ends[-1]
