@@ -1,5 +1,6 @@
 """The fused feed-forward of experts against the operators it stands for, whose gradients are checked elsewhere."""
 
+import ctypes
 import functools
 import logging
 
@@ -136,3 +137,15 @@ def test_what_the_compiler_says_is_logged(small_config, monkeypatch, tmp_path, c
         assert not fuse_experts(build_model(small_config("advanced.enable_moe=true")))
     assert "could not compile" in caplog.text
     assert "error" in caplog.text
+
+
+@needs_library
+def test_a_folder_that_no_code_may_run_from_is_no_failure(monkeypatch, caplog):
+    def refuse(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    real = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: refuse(path) if "fused_experts" in path else real(path))
+    with caplog.at_level(logging.WARNING):
+        assert fused_experts._library.__wrapped__() is None
+    assert "experts are not fused" in caplog.text

@@ -87,7 +87,11 @@ def _library() -> ctypes.CDLL | None:
         if done.returncode:
             logger.warning("experts are not fused: %s could not compile %s:\n%s", compiler, SOURCE, done.stderr.strip())
             return None
-        library = ctypes.CDLL(str(built))
+        try:
+            library = ctypes.CDLL(str(built))
+        except OSError as error:  # a folder for temporary files that no code may run from
+            logger.warning("experts are not fused: %s", error)
+            return None
     pointer = ctypes.c_void_p
     library.use_library.argtypes = [pointer, pointer]
     library.forward.argtypes = [pointer] * 10 + [ctypes.c_int64] * 5 + [ctypes.c_int]
