@@ -290,9 +290,11 @@ def test_compiling_without_a_compiler_is_refused(train_tiny, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore")  # torch's compiler trips over its own deprecations
-def test_compiled_blocks_give_the_eager_losses(train_tiny):
-    eager = losses(train_tiny(folder="eager")[1])
-    compiled = losses(train_tiny("training.compile=true", folder="compiled")[1])
+@pytest.mark.parametrize("experts", ["false", "true"])
+def test_compiled_blocks_give_the_eager_losses(train_tiny, experts):
+    overrides = [f"advanced.enable_moe={experts}"]
+    eager = losses(train_tiny(*overrides, "training.fuse_experts=false", folder="eager")[1])
+    compiled = losses(train_tiny(*overrides, "training.compile=true", folder="compiled")[1])
     # Fused kernels round in other places.
     assert compiled == pytest.approx(eager, abs=1e-5)
 
