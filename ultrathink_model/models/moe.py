@@ -89,12 +89,14 @@ class MixtureOfExperts(nn.Module):
         """The weighted experts of each token; in training also the losses and counts of their choice."""
         rows = x.flatten(0, 1)  # (tokens, hidden)
         logits = self._router_logits(rows)  # (tokens, experts)
+        log_partition = logits.logsumexp(dim=1, keepdim=True)
+        probabilities = (logits - log_partition).exp()
         if self.router_bias is None:
-            chosen, experts = logits.topk(self.top_k, dim=1)  # (tokens, top_k)
+            weights, experts = probabilities.topk(self.top_k, dim=1)  # (tokens, top_k)
         else:
             experts = (logits + self.router_bias).topk(self.top_k, dim=1).indices
-            chosen = logits.gather(1, experts)
-        weights = chosen.softmax(dim=1)  # the chosen probabilities over their sum
+            weights = probabilities.gather(1, experts)
+        weights = weights / weights.sum(dim=1, keepdim=True)
         valid = None if tokens.valid is None else tokens.valid.flatten()
         if valid is not None:
             experts = experts.masked_fill(~valid.unsqueeze(1), self.num_experts)
@@ -105,11 +107,8 @@ class MixtureOfExperts(nn.Module):
         mixed = self._mix(rows, weights, kept, may_leave_rows=kept is not dispatch or valid is not None)
         if not self.training:
             return mixed.view_as(x), Routing()
-        log_probabilities = logits.log_softmax(dim=1)
-        probabilities = log_probabilities.exp()
-        log_partition = logits[:, 0] - log_probabilities[:, 0]
-        losses = self._losses(logits, log_partition, probabilities, tokens, valid)
-        counts = self._counts(log_probabilities, probabilities, experts, dispatch, kept, tokens, valid)
+        losses = self._losses(logits, log_partition.squeeze(1), probabilities, tokens, valid)
+        counts = self._counts(logits - log_partition, probabilities, experts, dispatch, kept, tokens, valid)
         return mixed.view_as(x), Routing(losses, counts)
 
     def _router_logits(self, rows: Tensor) -> Tensor:
