@@ -42,8 +42,7 @@ STEPS = 6
 
 ROUTED = ["advanced.enable_moe=true", "advanced.enable_dre=true", "moe.layer_frequency=2", "model.tie_embeddings=false"]
 
-# Not fused: cut experts are not, and another order of roundings grows over the steps.
-MIXTURE = ["training.fuse_experts=false", "advanced.enable_moe=true"]  # 8 experts in both blocks
+MIXTURE = ["advanced.enable_moe=true"]  # 8 experts in both blocks
 CUT = ["distributed.expert_parallel_size=2", *MIXTURE]
 # Capacity is counted in the tokens of one rank, so one process drops others: it is compared over ranks alone.
 CAPACITY = ["moe.expert_capacity=1"]
