@@ -52,7 +52,7 @@ def with_gradients(function, operands, dispatch, direction):
     return [mixed.detach(), *(operand.grad for operand in operands)]
 
 
-# The first expert takes two blocks and a part of one of the 400 tokens; gates of up to 1,000 leave exp's range.
+# Of 750 tokens the first expert takes two blocks and a part of one; the gates at 50 leave exp's range.
 @needs_library
 @pytest.mark.parametrize(("tokens", "spread"), [(13, 1.0), (750, 1.0), (40, 50.0)])
 def test_results_and_gradients_are_those_of_the_operators_in_float64(tokens, spread):

@@ -144,30 +144,15 @@ def _fused_experts_grad(
 
 
 @_fused_experts.register_fake
-def _(
-    rows: Tensor, weights: Tensor, slots: Tensor, places: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    rows, _, slots, _, _, gate_up, _ = tensors
     return rows.new_empty(rows.shape), rows.new_empty(slots.shape[0], gate_up.shape[1])
 
 
 @_fused_experts_grad.register_fake
-def _(
-    grad: Tensor,
-    rows: Tensor,
-    inner: Tensor,
-    weights: Tensor,
-    slots: Tensor,
-    places: Tensor,
-    ends: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        rows.new_empty(rows.shape),
-        weights.new_empty(weights.shape),
-        gate_up.new_empty(gate_up.shape),
-        down.new_empty(down.shape),
-    )
+def _(*tensors: Tensor) -> list[Tensor]:
+    _, rows, _, weights, _, _, _, gate_up, down = tensors
+    return [tensor.new_empty(tensor.shape) for tensor in (rows, weights, gate_up, down)]
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
