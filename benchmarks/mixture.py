@@ -20,8 +20,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from ultrathink_model.config import Config
 from ultrathink_model.distributed.host_memory import keep_freed_memory
 from ultrathink_model.models.attention import FeedForward
-from ultrathink_model.models.fused_experts import fuse_experts
 from ultrathink_model.models.moe import MixtureOfExperts
+from ultrathink_model.models.native.kernels import use_native_kernels
 from ultrathink_model.models.tokens import Tokens
 from ultrathink_model.models.transformer import build_model
 
@@ -42,12 +42,12 @@ def dense_step(num_tokens: int) -> Step:
     return forward_and_backward(layer, layer, num_tokens)
 
 
-def our_step(num_tokens: int, fused: bool) -> Step:
-    """Our mixture, its auxiliary losses and counts included; fused as in training, or as it is without a compiler."""
+def our_step(num_tokens: int, native: bool) -> Step:
+    """Our mixture, its auxiliary losses and counts included; as in training, or as it is without a compiler."""
     layer = our_layer(our_config(*LAYER))
     assert isinstance(layer, MixtureOfExperts)
-    if fused and not fuse_experts(layer):
-        raise SystemExit("fused experts need a C++ compiler and a PyTorch with MKL")
+    if native and not use_native_kernels(layer):
+        raise SystemExit("native kernels need a C++ compiler")
     tokens = Tokens(torch.arange(num_tokens).unsqueeze(0))
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -90,8 +90,8 @@ def measure_layers(num_tokens: int, rounds: int, clock: Clock) -> None:
     """Prints the times of one layer over the dense one's."""
     steps = {
         "dense, equal operations": dense_step(num_tokens),
-        "ultrathink": our_step(num_tokens, fused=True),
-        "ultrathink, not fused": our_step(num_tokens, fused=False),
+        "ultrathink": our_step(num_tokens, native=True),
+        "ultrathink, without C++": our_step(num_tokens, native=False),
         "transformers, grouped": their_step("grouped_mm", num_tokens),
         "transformers, eager": their_step("eager", num_tokens),
     }

@@ -26,8 +26,8 @@ atexit.register(shutil.rmtree, os.environ["ZENML_CONFIG_PATH"], ignore_errors=Tr
 # imported. Elsewhere, in the tests that train, the checks are off.
 # Generation is left out: a generator function that is wrapped loses its `no_grad`.
 CHECKED = (
-    "attention", "blocked_attention", "dispatch", "fused_experts", "harm_head", "kv_cache", "linear", "loss", "moe", "multimodal",
-    "norm", "reasoning", "routing", "swiglu", "tokens", "transformer",
+    "attention", "blocked_attention", "dispatch", "harm_head", "kv_cache", "linear", "loss", "moe", "multimodal",
+    "native", "norm", "reasoning", "routing", "swiglu", "tokens", "transformer",
 )  # fmt: skip
 CHECKS_SHAPES = os.environ.get("ULTRATHINK_CHECK_SHAPES", "1") == "1"
 if CHECKS_SHAPES:

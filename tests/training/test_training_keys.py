@@ -54,7 +54,7 @@ SHOWN_ELSEWHERE = {
     "keep_checkpoints": "the same",
     "max_bad_steps": "test_training_run: test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run",
     "compile": "test_training_run: test_compiled_blocks_give_the_eager_losses",
-    "fuse_experts": "test_training_run: test_experts_are_fused_unless_the_config_says_otherwise",
+    "native_kernels": "test_training_run: test_kernels_are_native_unless_the_config_says_otherwise",
     "async_checkpoints": "test_checkpoint_writer",
     "on_save_failure": "test_save_failures",
     "keep_best": "test_retention",

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from ultrathink_model.config import load_config, override_config
 from ultrathink_model.data import TrainLoader, ValidationLoader, prepare_data
 from ultrathink_model.errors import CheckpointError, DependencyError
-from ultrathink_model.models.fused_experts import find_compiler, fuse_experts
 from ultrathink_model.models.hf import load_model
+from ultrathink_model.models.native.kernels import use_native_kernels
+from ultrathink_model.models.native.library import find_compiler
 from ultrathink_model.models.transformer import build_model
 from ultrathink_model.training import assembly, loss_scaler
 from ultrathink_model.training.guard import TrainingDivergedError
@@ -270,14 +271,17 @@ def test_experts_and_depth_report_their_routing(train_tiny, tmp_path):
     )
 
 
-def test_experts_are_fused_unless_the_config_says_otherwise(train_tiny, monkeypatch):
-    fused = []
-    monkeypatch.setattr(assembly, "fuse_experts", lambda model: fused.append(fuse_experts(model)))
+def test_kernels_are_native_unless_the_config_says_otherwise(train_tiny, monkeypatch):
+    native = []
+    monkeypatch.setattr(
+        assembly, "use_native_kernels", lambda model, **how: native.append(use_native_kernels(model, **how))
+    )
+    overrides = ("advanced.enable_moe=true", "training.batch_size=8", "model.head_dim=16")
     runs = {
-        value: losses(train_tiny("advanced.enable_moe=true", f"training.fuse_experts={value}", folder=value)[1])
+        value: losses(train_tiny(*overrides, f"training.native_kernels={value}", folder=value)[1])
         for value in ("true", "false")
     }
-    assert fused == [find_compiler() is not None and torch.backends.mkl.is_available()]
+    assert native == [find_compiler() is not None]
     assert runs["true"] == pytest.approx(runs["false"], abs=1e-5)
 
 
@@ -293,7 +297,7 @@ def test_compiling_without_a_compiler_is_refused(train_tiny, monkeypatch):
 @pytest.mark.parametrize("experts", ["false", "true"])
 def test_compiled_blocks_give_the_eager_losses(train_tiny, experts):
     overrides = [f"advanced.enable_moe={experts}"]
-    eager = losses(train_tiny(*overrides, "training.fuse_experts=false", folder="eager")[1])
+    eager = losses(train_tiny(*overrides, "training.native_kernels=false", folder="eager")[1])
     compiled = losses(train_tiny(*overrides, "training.compile=true", folder="compiled")[1])
     # Fused kernels round in other places.
     assert compiled == pytest.approx(eager, abs=1e-5)

@@ -56,9 +56,10 @@ class TrainingConfig(Section):
         "bf16", description="Number format under `use_amp`; fp16 adds a loss scaler."
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
-    fuse_experts: bool = Field(
+    native_kernels: bool = Field(
         True,
-        description="On a CPU with a C++ compiler, in float32: experts as one operator, compiled in a second at the start.",
+        description="On a CPU with a C++ compiler, in float32: operators of our own for the whole block and the loss, compiled "
+        "once, in seconds, and kept in the user's cache.",
     )
     loss_chunk_size: int = Field(2048, ge=1, description="Tokens whose logits are held at once in the cross-entropy.")
     z_loss_weight: float = Field(0.0, ge=0, description="Weight of the squared log-partition of the output logits.")

@@ -54,7 +54,7 @@ class ExpertParallel:
                 part = distribute_tensor(getattr(module, key).detach(), axis, [Shard(0)], src_data_rank=None)
                 setattr(module, key, nn.Parameter(part))
                 self.parameters[f"{name}.{key}"] = getattr(module, key)
-            module.apply_experts, module.fused = _ExpertsOfAllRanks(axis), None
+            module.apply_experts, module.native = _ExpertsOfAllRanks(axis), None
 
     def sum_gradients(self) -> None:
         """Adds the experts' gradients of a whole step over the rows."""

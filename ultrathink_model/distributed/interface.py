@@ -18,6 +18,10 @@ from ultrathink_model.models.multimodal.media_encoder import MediaEncoder
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 
+# What `clip_grads_with_norm_` adds to the norm.
+CLIPPING_EPS = 1e-6
+
+
 class Strategy(ABC):
     """How the ranks share the work on one model.
 
@@ -133,7 +137,9 @@ class Strategy(ABC):
             norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         norm = nn.utils.get_total_norm(norms) if len(norms) > 1 else norms[0]
-        if max_norm is not None:
+        # On a processor the norm is at hand: a gradient within the bound, which would be multiplied by one, is let be.
+        within = norm.device.type == "cpu" and max_norm is not None and bool(norm + CLIPPING_EPS <= max_norm)
+        if max_norm is not None and not within:
             for parameters in alike:
                 nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm.detach()

@@ -1,5 +1,6 @@
 """Causal self-attention with grouped queries and normalised queries and keys."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -13,6 +14,11 @@ from ultrathink_model.models.linear import Linear
 from ultrathink_model.models.norm import RMSNorm
 from ultrathink_model.models.swiglu import swiglu
 from ultrathink_model.models.tokens import Rotation, Tokens
+
+# From queries, keys and values, both norms' weights, the rotation, the mask, eps and heads of keys to mixed values;
+# and from rows and both matrices to rows. None where it cannot take them.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float, int], Tensor | None]
+Feed = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 
 @runtime_checkable
@@ -43,6 +49,8 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
         self.key_norm = RMSNorm(self.head_dim, eps=model.norm_eps)
         self.output = Linear(self.num_heads * self.head_dim, model.hidden_size)
+        # `native.kernels.use_native_kernels` puts its own here.
+        self.native: Attend | None = None
 
     def forward(
         self,
@@ -54,6 +62,11 @@ class Attention(nn.Module):
         """Mixes each token with those it may see; `rotation` holds the rows of the tokens' positions."""
         batch, seq, _ = x.shape
         qkv = self.qkv(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, heads + 2 kv_heads, head_dim)
+        if self.native is not None and self.fused_kernels and cache is None:
+            weights, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
+            attended = self.native(qkv, *weights, rotation.cos, rotation.sin, tokens.self_mask, eps, self.num_kv_heads)
+            if attended is not None:
+                return self.output(attended)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         query = rotation.apply(self.query_norm(query)).transpose(1, 2)  # (batch, heads, seq, head_dim)
         key = rotation.apply(self.key_norm(key)).transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
@@ -85,7 +98,10 @@ class FeedForward(nn.Module):
         width = config.model.feed_forward_size
         self.gate_up = Linear(config.model.hidden_size, 2 * width)
         self.down = Linear(width, config.model.hidden_size)
+        self.native: Feed | None = None
 
     def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """Applies the block to each row on its own."""
+        if self.native is not None and (fed := self.native(x, self.gate_up.weight, self.down.weight)) is not None:
+            return fed
         return self.down(swiglu(self.gate_up(x)))

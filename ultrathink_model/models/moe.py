@@ -68,8 +68,8 @@ class MixtureOfExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
         # Expert parallelism puts its own in place of it.
         self.apply_experts: ApplyExperts = apply_experts
-        # `fused_experts.fuse_experts` puts its own here.
-        self.fused: MixExperts | None = None
+        # `native.kernels.use_native_kernels` puts its own here.
+        self.native: MixExperts | None = None
         # Share of the previous step's copies that each expert took.
         self.register_buffer("expert_load", torch.empty(self.num_experts))
         self.register_buffer("router_bias", torch.empty(self.num_experts) if moe.router_bias_rate else None)
@@ -131,7 +131,7 @@ class MixtureOfExperts(nn.Module):
         dtype = autocast_dtype(rows)
         rows, weights = rows.to(dtype), weights.to(dtype)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        mixed = None if self.fused is None else self.fused(rows, weights, dispatch, gate_up, down)
+        mixed = None if self.native is None else self.native(rows, weights, dispatch, gate_up, down)
         if mixed is not None:
             return mixed
         copies, scale, taken = take_copies(rows, dispatch), take_weights(weights, dispatch), None

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ultrathink_model.config import Config
 from ultrathink_model.models.dispatch import NAMESPACE as DISPATCH
-from ultrathink_model.models.linear import NAMESPACE as LINEAR
 
 aten = torch.ops.aten
 
@@ -23,7 +22,6 @@ KEPT = [
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     getattr(torch.ops, DISPATCH).grouped_linear.default,
-    getattr(torch.ops, LINEAR).onednn_linear.default,
 ]
 
 

@@ -14,7 +14,7 @@ from ultrathink_model.media.batch import MediaBatch
 from ultrathink_model.media.placeholders import KINDS, Kind
 from ultrathink_model.models.attention import Attention, FeedForward, LayerCache
 from ultrathink_model.models.harm_head import HarmHead
-from ultrathink_model.models.loss import chunked_cross_entropy
+from ultrathink_model.models.loss import ChunkLosses, chunked_cross_entropy
 from ultrathink_model.models.moe import MixtureOfExperts
 from ultrathink_model.models.multimodal.audio_encoder import AudioEncoder
 from ultrathink_model.models.multimodal.image_encoder import ImageEncoder
@@ -62,21 +62,27 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """The block on every token, or as deep as the depth router sends each; `rotation` is the whole table."""
         if self.depth_router is None:
-            change, routing = self.residual(x, tokens, rotation, cache)
-            return x + change, routing
+            attended = self._attend(x, tokens, rotation, cache)
+            x, normed = self.feed_forward_norm.of_sum(x, attended)
+            update, routing = self._feed(normed, tokens)
+            return x + update, routing
         return self.depth_router(self.residual, x, tokens, rotation, cache)
 
     def residual(
         self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens, rotation: Rotation, cache: LayerCache | None = None
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """What one pass of the block adds to the residual stream."""
-        attended = self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
-        normed = self.feed_forward_norm(x + attended)
-        if isinstance(self.feed_forward, MixtureOfExperts):
-            update, routing = self.feed_forward(normed, tokens)
-        else:
-            update, routing = self.feed_forward(normed), Routing()
+        attended = self._attend(x, tokens, rotation, cache)
+        update, routing = self._feed(self.feed_forward_norm.of_sum(x, attended)[1], tokens)
         return attended + update, routing
+
+    def _attend(self, x: Tensor, tokens: Tokens, rotation: Rotation, cache: LayerCache | None) -> Tensor:
+        return self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
+
+    def _feed(self, normed: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            return self.feed_forward(normed, tokens)
+        return self.feed_forward(normed), Routing()
 
 
 class Transformer(nn.Module):
@@ -97,6 +103,8 @@ class Transformer(nn.Module):
         categories = config.advanced.harm_categories
         self.harm_head = HarmHead(model.hidden_size, len(categories)) if categories else None
         self.media_encoder = MediaEncoder(config) if config.advanced.enable_multimodal else None
+        # `native.kernels.use_native_kernels` puts its own here.
+        self.native: ChunkLosses | None = None
         self._rotation: Rotation | None = None
         self._counts: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -166,6 +174,7 @@ class Transformer(nn.Module):
             labels,
             training.loss_chunk_size,
             training.z_loss_weight if self.training else 0.0,
+            self.native,
         )
         if self.training and training.z_loss_weight:
             report.losses["z_loss"] = z_loss
@@ -195,9 +204,9 @@ class Transformer(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Tells the depth routers the optimizer step that begins (0-based), which sets their compute."""
-        for module in self.modules():
-            if isinstance(module, DepthRouter):
-                module.begin_step(step)
+        for block in self.blocks:
+            if isinstance(block.depth_router, DepthRouter):
+                block.depth_router.begin_step(step)
 
     @torch.no_grad()
     def complete_gradients(self, media_seen: Collection[Kind]) -> None:

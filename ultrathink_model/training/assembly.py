@@ -8,11 +8,12 @@ from pathlib import Path
 from ultrathink_model.config import Config
 from ultrathink_model.data import Batch, DataManifest, TrainLoader
 from ultrathink_model.data.safety import with_safety_rows
-from ultrathink_model.distributed.context import RankContext, broadcast_object
+from ultrathink_model.distributed.context import RankContext, broadcast_object, strategy_name
 from ultrathink_model.distributed.strategy import make_strategy
 from ultrathink_model.errors import DependencyError
-from ultrathink_model.models.fused_experts import find_compiler, fuse_experts
 from ultrathink_model.models.multimodal.encoder_weights import take_encoders
+from ultrathink_model.models.native.kernels import use_native_kernels
+from ultrathink_model.models.native.library import find_compiler
 from ultrathink_model.models.transformer import Transformer, build_model
 from ultrathink_model.models.upcycle import initialise_from
 from ultrathink_model.tracking.run_folder import RunFolder
@@ -154,15 +155,16 @@ def go_back(folder: RunFolder, trainer: Trainer) -> RunPosition | None:
 
 
 def compile_model(model: Transformer, config: Config, context: RankContext) -> None:
-    """Has compiled what the config says: experts as one operator, and each block by `torch.compile` at its first call.
+    """Has compiled what the config says: operators of our own, and each block by `torch.compile` at its first call.
 
     Blocks alike are compiled once, and sharded ones stay apart.
 
     Raises:
         DependencyError: There is no compiler for the code that torch.compile makes for a processor.
     """
-    if config.training.fuse_experts and context.device.type == "cpu":
-        fuse_experts(model)
+    if config.training.native_kernels and context.device.type == "cpu":
+        is_zero_3 = strategy_name(config) == "deepspeed" and config.distributed.zero_stage == 3
+        use_native_kernels(model, weights_come_when_called=is_zero_3)
     if not config.training.compile:
         return
     if context.device.type == "cpu" and find_compiler() is None:

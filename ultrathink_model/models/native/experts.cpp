@@ -1,4 +1,4 @@
-// Experts' feed-forwards, forwards and backwards, for float32 on a processor: see fused_experts.py.
+// Experts' feed-forwards, forwards and backwards: see experts.py.
 //
 // A thread takes one expert after another, and of that a block of copies of tokens which its cache holds: it gathers
 // their rows, multiplies, activates and multiplies again before it goes on. All arrays are row-major and contiguous:
@@ -10,56 +10,20 @@
 //   inner     (copies, 2 width): gate_up's products, kept for the backward pass
 // Copies of no expert stand behind the last end, and add nothing.
 
-#include <algorithm>
 #include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <memory>
+
+#include "product.h"
 
 namespace {
 
-using Product = void (*)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
-                         const int *, const float *, const int *, const float *, float *, const int *);
-using SetThreads = int (*)(int);
-
-constexpr int BLOCK = 256;  // copies
-
-Product sgemm;
-SetThreads set_threads_of_products;
+constexpr int64_t COPIES = 256;  // that a thread takes at once
 
 // out (rows, columns) = left (rows, inner) · right (inner, columns), either of them stored transposed; `keep` adds to out.
-// The library's matrices are column-major: it is asked for outᵀ = rightᵀ · leftᵀ.
-void multiply(bool left_transposed, bool right_transposed, int rows, int columns, int inner, const float *left,
+void multiply(bool left_transposed, bool right_transposed, int64_t rows, int64_t columns, int64_t inner, const float *left,
               const float *right, float *out, bool keep = false) {
-    const float one = 1, old = keep;
-    const int left_row = left_transposed ? rows : inner, right_row = right_transposed ? inner : columns;
-    sgemm(right_transposed ? "T" : "N", left_transposed ? "T" : "N", &columns, &rows, &inner, &one, right, &right_row,
-          left, &left_row, &old, out, &columns);
-}
-
-// 1 / (1 + exp(-x)) in a form that compilers vectorise. exp(y) is 2ⁿ · exp(r) with |r| ≤ ln(2) / 2, and that by its
-// Taylor series up to r⁷, whose remainder is under 6e-9.
-inline float sigmoid(float x) {
-    const float to_integer = 12582912.0f;  // 1.5 · 2²³: adding it leaves an integer in the last bits
-    const float y = std::min(std::max(-x, -87.0f), 87.0f);
-    const float shifted = y * 1.44269504f + to_integer;
-    const float n = shifted - to_integer;
-    const float r = (y - n * 0.693145752f) - n * 1.42860677e-6f;  // ln(2) in two parts, the first with zeros at its end
-    float e = 1.0f / 5040;
-    e = e * r + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
-    int32_t bits;
-    std::memcpy(&bits, &e, sizeof bits);
-    int32_t exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    bits += exponent << 23;
-    std::memcpy(&e, &bits, sizeof e);
-    return 1.0f / (1.0f + e);
+    Right packed({right, right_transposed ? inner : columns, right_transposed}, inner, columns);
+    packed.pack_alone();
+    packed.multiply({left, left_transposed ? rows : inner, left_transposed}, rows, out, columns, keep);
 }
 
 void gather(const float *source, const int64_t *slot, int64_t top_k, int copies, int64_t width, float *out) {
@@ -85,14 +49,13 @@ void sum_copies(const float *rows, const int64_t *place, int64_t end, int64_t to
 
 // Calls `run(expert, scratch)` for each, every thread taking the next that is left and having `size` floats of its own.
 template <class Run>
-void each_expert(int64_t experts, int threads, int64_t size, Run run) {
+void each_expert(int64_t num_experts, int threads, int64_t size, Run run) {
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
     {
-        const int before = set_threads_of_products(1);
-        const std::unique_ptr<float[]> scratch(new float[size]);  // not cleared
-        for (int64_t expert; (expert = next++) < experts;) run(expert, scratch.get());
-        set_threads_of_products(before);
+        const OneThread one;
+        const Room scratch(size);
+        for (int64_t expert; (expert = next++) < num_experts;) run(expert, scratch);
     }
 }
 
@@ -100,20 +63,15 @@ void each_expert(int64_t experts, int threads, int64_t size, Run run) {
 
 extern "C" {
 
-void use_library(Product product, SetThreads set_threads) {
-    sgemm = product;
-    set_threads_of_products = set_threads;
-}
-
 // mixed (tokens, hidden): the sum over each token's copies of weight · down(silu(gate) · up).
-void forward(const float *x, const float *weight, const int64_t *slot, const int64_t *place, const int32_t *ends,
+void experts(const float *x, const float *weight, const int64_t *slot, const int64_t *place, const int32_t *ends,
              const float *gate_up, const float *down, float *inner, float *out, float *mixed, int64_t tokens,
-             int64_t top_k, int64_t experts, int64_t hidden, int64_t width, int threads) {
-    each_expert(experts, threads, BLOCK * (hidden + width), [&](int64_t expert, float *rows) {
-        float *active = rows + BLOCK * hidden;
+             int64_t top_k, int64_t num_experts, int64_t hidden, int64_t width, int threads) {
+    each_expert(num_experts, threads, COPIES * (hidden + width), [&](int64_t expert, float *rows) {
+        float *active = rows + COPIES * hidden;
         const int64_t first = expert ? ends[expert - 1] : 0;
-        for (int64_t start = first; start < ends[expert]; start += BLOCK) {
-            const int count = std::min<int64_t>(BLOCK, ends[expert] - start);
+        for (int64_t start = first; start < ends[expert]; start += COPIES) {
+            const int count = std::min<int64_t>(COPIES, ends[expert] - start);
             float *units = inner + start * 2 * width;
             gather(x, slot + start, top_k, count, hidden, rows);
             multiply(false, true, count, 2 * width, hidden, rows, gate_up + expert * 2 * width * hidden, units);
@@ -126,27 +84,27 @@ void forward(const float *x, const float *weight, const int64_t *slot, const int
             multiply(false, true, count, hidden, width, active, down + expert * hidden * width, out + start * hidden);
         }
     });
-    sum_copies(out, place, ends[experts - 1], tokens, top_k, hidden, threads, mixed);
+    sum_copies(out, place, ends[num_experts - 1], tokens, top_k, hidden, threads, mixed);
 }
 
 // x_grad (tokens, hidden), weight_grad (tokens, top_k), and the gradients of both matrices; copies_grad is room for (copies,
 // hidden).
-void backward(const float *grad, const float *x, const float *inner, const float *weight, const int64_t *slot,
-              const int64_t *place, const int32_t *ends, const float *gate_up, const float *down, float *copies_grad,
-              float *x_grad, float *weight_grad, float *gate_up_grad, float *down_grad, int64_t tokens, int64_t top_k,
-              int64_t experts, int64_t hidden, int64_t width, int threads) {
+void experts_grad(const float *grad, const float *x, const float *weight, const int64_t *slot, const int64_t *place,
+                  const int32_t *ends, const float *gate_up, const float *down, const float *inner, float *copies_grad,
+                  float *x_grad, float *weight_grad, float *gate_up_grad, float *down_grad, int64_t tokens, int64_t top_k,
+                  int64_t num_experts, int64_t hidden, int64_t width, int threads) {
     std::fill(weight_grad, weight_grad + tokens * top_k, 0.0f);
-    each_expert(experts, threads, BLOCK * (2 * hidden + 4 * width), [&](int64_t expert, float *rows) {
-        float *out_grad = rows + BLOCK * hidden, *active = out_grad + BLOCK * hidden;
-        float *active_grad = active + BLOCK * width, *units_grad = active_grad + BLOCK * width;
+    each_expert(num_experts, threads, COPIES * (2 * hidden + 4 * width), [&](int64_t expert, float *rows) {
+        float *out_grad = rows + COPIES * hidden, *active = out_grad + COPIES * hidden;
+        float *active_grad = active + COPIES * width, *units_grad = active_grad + COPIES * width;
         const int64_t size = hidden * width, first = expert ? ends[expert - 1] : 0;
         float *to_gate_up = gate_up_grad + expert * 2 * size, *to_down = down_grad + expert * size;
         if (first == ends[expert]) {
             std::fill(to_gate_up, to_gate_up + 2 * size, 0.0f);
             std::fill(to_down, to_down + size, 0.0f);
         }
-        for (int64_t start = first; start < ends[expert]; start += BLOCK) {
-            const int count = std::min<int64_t>(BLOCK, ends[expert] - start);
+        for (int64_t start = first; start < ends[expert]; start += COPIES) {
+            const int count = std::min<int64_t>(COPIES, ends[expert] - start);
             const bool later = start > first;
             gather(x, slot + start, top_k, count, hidden, rows);
             gather(grad, slot + start, top_k, count, hidden, out_grad);
@@ -172,7 +130,7 @@ void backward(const float *grad, const float *x, const float *inner, const float
                      copies_grad + start * hidden);
         }
     });
-    sum_copies(copies_grad, place, ends[experts - 1], tokens, top_k, hidden, threads, x_grad);
+    sum_copies(copies_grad, place, ends[num_experts - 1], tokens, top_k, hidden, threads, x_grad);
 }
 
 }  // extern "C"

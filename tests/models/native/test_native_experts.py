@@ -1,26 +1,17 @@
 """The fused feed-forward of experts against the operators it stands for, whose gradients are checked elsewhere."""
 
-import ctypes
-import functools
-import logging
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ultrathink_model.models import fused_experts
 from ultrathink_model.models.dispatch import Dispatch, sum_copies, take_copies, take_weights
-from ultrathink_model.models.fused_experts import find_compiler, fuse_experts, mix_experts
-from ultrathink_model.models.mkl import mkl_function
 from ultrathink_model.models.moe import apply_experts
+from ultrathink_model.models.native import experts as module
+from ultrathink_model.models.native.experts import mix_experts
 from ultrathink_model.models.recomputation import KEPT
-from ultrathink_model.models.transformer import build_model
 
 EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 2, 24, 20
-
-needs_library = pytest.mark.skipif(
-    find_compiler() is None or mkl_function("sgemm_") is None, reason="needs a C++ compiler and a PyTorch with MKL"
-)
+pytestmark = pytest.mark.usefixtures("build")
 
 
 def plain(rows, weights, dispatch, gate_up, down):
@@ -53,7 +44,6 @@ def with_gradients(function, operands, dispatch, direction):
 
 
 # Of 750 tokens the first expert takes two blocks and a part of one; the gates at 50 leave exp's range.
-@needs_library
 @pytest.mark.parametrize(("tokens", "spread"), [(13, 1.0), (750, 1.0), (40, 50.0)])
 def test_results_and_gradients_are_those_of_the_operators_in_float64(tokens, spread):
     operands, dispatch = draw(tokens, spread)
@@ -66,18 +56,17 @@ def test_results_and_gradients_are_those_of_the_operators_in_float64(tokens, spr
         torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=2e-6 * float(reference.abs().max()))
 
 
-@needs_library
-@pytest.mark.compiles
-@pytest.mark.filterwarnings("ignore")  # torch's compiler trips over its own deprecations
-def test_operator_is_what_pytorch_asks_of_one():
+def test_operators_keep_the_rules_that_compilation_relies_on():
     (rows, weights, gate_up, down), _ = draw(13)
     # Copies of no expert would have undefined products.
     dispatch = Dispatch.sort(torch.arange(13 * TOP_K).view(13, TOP_K) % EXPERTS, EXPERTS)
     operands = (rows, weights, dispatch.slots, dispatch.places, dispatch.ends, gate_up, down)
-    torch.library.opcheck(fused_experts._fused_experts, [x.requires_grad_(x.is_floating_point()) for x in operands])
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(module.EXPERTS, operands, test_utils=checks)
+    mixed, inner = module.EXPERTS(*operands)
+    torch.library.opcheck(module.EXPERTS_GRAD, (mixed, *operands, inner), test_utils=checks)
 
 
-@needs_library
 def test_it_is_repeatable_over_threads():
     operands, dispatch = draw(300)
     direction = torch.ones(300, HIDDEN)
@@ -85,7 +74,6 @@ def test_it_is_repeatable_over_threads():
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-@needs_library
 def test_operations_are_counted_as_those_of_the_operators():
     operands, dispatch = draw(13)
     direction = torch.ones(13, HIDDEN)
@@ -105,49 +93,5 @@ def test_other_formats_and_few_experts_are_left_to_the_operators(monkeypatch):
     assert mix_experts(rows, weights, dispatch, gate_up, down) is None
 
 
-@needs_library
-def test_a_model_computes_the_same_with_fused_experts(small_model, random_tokens):
-    overrides = ["advanced.enable_moe=true", "moe.expert_capacity=1.0"]
-    tokens, results = random_tokens(2, 9), []
-    for fuse in (False, True):
-        model = small_model(*overrides).train()
-        assert fuse_experts(model) if fuse else True
-        output = model(tokens[:, :-1], tokens[:, 1:])
-        (output.loss_sum + sum(output.aux_losses.values())).backward()
-        results.append([output.loss_sum.detach(), *(parameter.grad for parameter in model.parameters())])
-    for plain_part, fused_part in zip(*results, strict=True):
-        torch.testing.assert_close(fused_part, plain_part, rtol=1e-4, atol=1e-5 * float(plain_part.abs().max()))
-
-
 def test_selective_recomputation_keeps_their_products():
-    assert torch.ops.ultrathink.fused_experts.default in KEPT
-
-
-def test_without_a_compiler_nothing_is_fused(small_config, monkeypatch):
-    monkeypatch.setattr(fused_experts, "find_compiler", lambda: None)
-    monkeypatch.setattr(fused_experts, "_library", functools.cache(fused_experts._library.__wrapped__))
-    assert not fuse_experts(build_model(small_config("advanced.enable_moe=true")))
-
-
-@needs_library
-def test_what_the_compiler_says_is_logged(small_config, monkeypatch, tmp_path, caplog):
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("not C++")
-    monkeypatch.setattr(fused_experts, "SOURCE", broken)
-    monkeypatch.setattr(fused_experts, "_library", functools.cache(fused_experts._library.__wrapped__))
-    with caplog.at_level(logging.WARNING):
-        assert not fuse_experts(build_model(small_config("advanced.enable_moe=true")))
-    assert "could not compile" in caplog.text
-    assert "error" in caplog.text
-
-
-@needs_library
-def test_a_folder_that_no_code_may_run_from_is_no_failure(monkeypatch, caplog):
-    def refuse(path):
-        raise OSError(f"{path}: failed to map segment from shared object")
-
-    real = ctypes.CDLL
-    monkeypatch.setattr(ctypes, "CDLL", lambda path: refuse(path) if "fused_experts" in path else real(path))
-    with caplog.at_level(logging.WARNING):
-        assert fused_experts._library.__wrapped__() is None
-    assert "experts are not fused" in caplog.text
+    assert module.EXPERTS in KEPT
