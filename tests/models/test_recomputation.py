@@ -2,16 +2,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ultrathink_model.models import linear
+from ultrathink_model.models.native.kernels import use_native_kernels
+from ultrathink_model.models.native.library import library
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
+needs_library = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 FEATURES = [(), ("advanced.enable_moe=true", "advanced.enable_dre=true", "moe.router_jitter=0.2")]
 
 
 def passed_back(model) -> tuple[dict[str, torch.Tensor], int, int]:
     """Gradients of a pass, the floating point operations of it, and the bytes kept for the backward pass."""
     torch.manual_seed(0)
-    ids = torch.randint(0, 96, (2, 64))
+    ids = torch.randint(0, 96, (4, 64))
     model.train()
     model.begin_step(3)
     kept: dict[int, int] = {}
@@ -38,13 +39,16 @@ def test_recomputation_changes_no_gradient(small_model, features, mode):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)])
-def test_selective_recomputes_no_product_and_whole_all_of_a_block(small_model, monkeypatch, by_onednn):
-    monkeypatch.setattr(linear, "ONEDNN_IS_FASTER", by_onednn)
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_library)])
+def test_selective_recomputes_no_product_and_whole_all_of_a_block(small_model, native):
+    def operations(*overrides: str) -> int:
+        model = small_model("model.head_dim=16", *overrides)
+        if native:
+            use_native_kernels(model)
+        return passed_back(model)[1]
+
     on = "model.gradient_checkpointing=true"
-    _, plain, _ = passed_back(small_model())
-    _, whole, _ = passed_back(small_model(on))
-    _, selective, _ = passed_back(small_model(on, "model.gradient_checkpointing_mode=selective"))
+    plain, whole = operations(), operations(on)
+    selective = operations(on, "model.gradient_checkpointing_mode=selective")
     assert selective == plain
     assert whole > 1.15 * plain
