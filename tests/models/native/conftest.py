@@ -35,6 +35,7 @@ def build(request):
         addresses = [ctypes.cast(function, ctypes.c_void_p) if by_mkl else None for function in functions]
         loaded.use_mkl(*addresses)
         yield request.param
+        loaded.use_mkl(None, None)  # builds alike are one library
     clear()
     native.library()
 

@@ -47,18 +47,18 @@ def find_compiler() -> str | None:
 def library() -> ctypes.CDLL | None:
     """The functions; None, with a line in the log, where there is no compiler or it fails."""
     compiler = find_compiler()
-    if compiler is None:
-        logger.info("native kernels are off: that takes a C++ compiler")
+    if compiler is None or os.name != "posix":
+        logger.info("native kernels are off: they take a C++ compiler, on Linux or macOS")
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
+        loaded = _load(compiler)
     except subprocess.CalledProcessError as error:
         logger.warning("native kernels are off: %s could not compile them:\n%s", compiler, error.stderr.strip())
         return None
     except OSError as error:  # a full disk, or a folder that no code may run from
         logger.warning("native kernels are off: %s", error)
         return None
-    # It takes a little less time than our own loops, but on AMD's processors a little more.
+    # Intel's library is at home on Intel's processors. On AMD's it takes longer than our own loops.
     product, set_threads = mkl_function("sgemm_"), mkl_function("MKL_Set_Num_Threads_Local")
     if not _is_amd() and product is not None and set_threads is not None:
         functions = (ctypes.cast(function, ctypes.c_void_p) for function in (product, set_threads))
@@ -120,25 +120,33 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-def _built(compiler: str) -> Path:
-    """The library in the user's cache, compiled now where it is not there.
+def _load(compiler: str) -> ctypes.CDLL:
+    """The library from the user's cache, compiled now where it is not there.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It can be written nowhere, or not be run from there.
         subprocess.CalledProcessError: The compiler fails.
     """
-    folder = _cache_folder()
+    try:
+        folder = _cache_folder()
+    except (OSError, RuntimeError) as error:  # a home that is read-only, somebody else's, or none
+        logger.info("native kernels are compiled for this process only: %s", error)
+        with tempfile.TemporaryDirectory() as workplace:
+            return ctypes.CDLL(str(_compile(compiler, Path(workplace))))
     built = folder / f"{_fingerprint(compiler)}.so"
-    if built.exists() and _is_ours_alone(built):
-        return built
-    with tempfile.TemporaryDirectory(dir=folder) as workplace:
-        # Another process may be at the same: each puts its own in place, whole.
-        part = Path(workplace) / built.name
-        sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-        command = [compiler, *FLAGS, *sources, "-o", str(part)]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        part.chmod(0o700)
-        os.replace(part, built)
+    if not (built.exists() and _is_ours_alone(built)):
+        with tempfile.TemporaryDirectory(dir=folder) as workplace:
+            # Another process may be at the same: each puts its own in place, whole.
+            os.replace(_compile(compiler, Path(workplace)), built)
+    return ctypes.CDLL(str(built))
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    """The library, in a folder that only this user can write to."""
+    built = folder / "native.so"
+    sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+    subprocess.run([compiler, *FLAGS, *sources, "-o", str(built)], capture_output=True, text=True, check=True)
+    built.chmod(0o700)
     return built
 
 
