@@ -76,8 +76,8 @@ def likes_length(_number, body):
     """A critic that prefers the longer answer, whichever letter it has."""
     text = body["messages"][0]["content"]
     if text.endswith("is ("):
-        first, second = text.split("(A) ")[1].split("\n\n(B) ")
-        return Reply("A" if len(first) > len(second.split("\n\n")[0]) else "B")
+        first, _, second = text.partition("(A) ")[2].partition("\n\n(B) ")
+        return Reply("A" if len(first) > len(second.partition("\n\n")[0]) else "B")
     return Reply("I cannot help with that." if text.endswith("Revision:") else "It does harm.")
 
 
@@ -168,9 +168,9 @@ def test_bad_answers_that_end_the_run_are_asked_for_again(small, manifest, dense
         asked = len(server.requests)
         written = (Path(small.output.output_dir) / "revisions.jsonl").read_text().splitlines()
         assert len(written) == 15
-        # One answer about a choice names both letters.
+        # One answer about a choice names both letters. What the tiny model samples may be empty, too.
         server.reply = lambda number, body: Reply("A or B") if number == asked + 30 else likes_length(number, body)
-        with pytest.raises(CriticError, match=r"1 of \d+ prompts"):
+        with pytest.raises(CriticError, match=r"[12] of \d+ prompts"):
             run(small, manifest, dense_folder, **settings)
     revisions = (Path(small.output.output_dir) / "revisions.jsonl").read_text().splitlines()
     assert len({json.loads(line)["number"] for line in revisions}) == len(revisions) == 20
