@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ultrathink_model.distributed.context import RankContext
 from ultrathink_model.errors import ConfigError
 from ultrathink_model.models.dispatch import Dispatch, sum_copies, take_copies
-from ultrathink_model.models.moe import MixtureOfExperts, apply_experts
+from ultrathink_model.models.moe import MixExperts, MixtureOfExperts, apply_experts
 
 EXPERT_WEIGHTS = ("gate_up", "down")
 
@@ -54,7 +54,7 @@ class ExpertParallel:
                 part = distribute_tensor(getattr(module, key).detach(), axis, [Shard(0)], src_data_rank=None)
                 setattr(module, key, nn.Parameter(part))
                 self.parameters[f"{name}.{key}"] = getattr(module, key)
-            module.apply_experts, module.native = _ExpertsOfAllRanks(axis), None
+            module.apply_experts, module.native = _ExpertsOfAllRanks(axis, module.native), None
 
     def sum_gradients(self) -> None:
         """Adds the experts' gradients of a whole step over the rows."""
@@ -69,8 +69,8 @@ class ExpertParallel:
 class _ExpertsOfAllRanks:
     """Does what `apply_experts` does, with experts that lie on the ranks of an axis."""
 
-    def __init__(self, axis: DeviceMesh) -> None:
-        self._group, self._ranks = axis.get_group(), axis.size()
+    def __init__(self, axis: DeviceMesh, native: MixExperts | None) -> None:
+        self._group, self._ranks, self._native = axis.get_group(), axis.size(), native
 
     # The sizes that are read on the host would break a compiled graph anyway.
     @torch.compiler.disable
@@ -91,11 +91,20 @@ class _ExpertsOfAllRanks:
         # They come sorted by rank, then by expert; the products want them by expert alone.
         experts = torch.arange(sent.shape[1], device=ends.device).repeat(self._ranks)
         by_expert = Dispatch.sort(experts.repeat_interleave(received.flatten()).unsqueeze(1), sent.shape[1])
-        rows, scales = take_copies(arrived, by_expert).split((copies.shape[1], 1), dim=1)
-        results = sum_copies(apply_experts(rows, scales, by_expert.ends, gate_up, down), by_expert)
+        results = self._results(arrived, by_expert, gate_up, down)
         returned = _exchange(results, there, here, self._group)
         # Copies of no expert stay here; the mixture takes nothing of what stands in their place.
         return torch.cat((returned, returned.new_zeros(copies.shape[0] - returned.shape[0], returned.shape[1])))
+
+    def _results(self, arrived: Tensor, by_expert: Dispatch, gate_up: Tensor, down: Tensor) -> Tensor:
+        """What this rank's experts make of copies that have arrived, each with its scale behind it."""
+        sizes = (arrived.shape[1] - 1, 1)
+        if self._native is not None:
+            mixed = self._native(*arrived.split(sizes, dim=1), by_expert, gate_up, down)
+            if mixed is not None:
+                return mixed
+        rows, scales = take_copies(arrived, by_expert).split(sizes, dim=1)
+        return sum_copies(apply_experts(rows, scales, by_expert.ends, gate_up, down), by_expert)
 
 
 def _exchange(rows: Tensor, take: list[int], give: list[int], group: dist.ProcessGroup) -> Tensor:
