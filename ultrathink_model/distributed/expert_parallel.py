@@ -100,7 +100,8 @@ class _ExpertsOfAllRanks:
         """What this rank's experts make of copies that have arrived, each with its scale behind it."""
         sizes = (arrived.shape[1] - 1, 1)
         if self._native is not None:
-            mixed = self._native(*arrived.split(sizes, dim=1), by_expert, gate_up, down)
+            rows, scales = arrived.split(sizes, dim=1)
+            mixed = self._native(rows, scales, by_expert, gate_up, down)
             if mixed is not None:
                 return mixed
         rows, scales = take_copies(arrived, by_expert).split(sizes, dim=1)

@@ -17,27 +17,17 @@ class RMSNorm(nn.RMSNorm):
     """
 
     eps: float
-    # From rows, weight, eps and what is to be added to the rows to the sum and its norm; None where it cannot take them.
-    # `native.kernels.use_native_kernels` puts it here.
-    native: Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor] | None] | None = None
+    # From rows, weight and eps to rows; None where it cannot take them. `native.kernels.use_native_kernels` puts it here.
+    native: Callable[[Tensor, Tensor, float], Tensor | None] | None = None
 
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Normalises each row."""
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-        if self.native is not None and (results := self.native(x, weight, self.eps, None)) is not None:
-            return results[1]
+        if self.native is not None and (normed := self.native(x, weight, self.eps)) is not None:
+            return normed
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-    def of_sum(
-        self, x: Float[Tensor, "*rows width"], change: Float[Tensor, "*rows width"]
-    ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
-        """`x + change` and its norm."""
-        if self.native is not None and (results := self.native(x, self.weight, self.eps, change)) is not None:
-            return results
-        total = x + change
-        return total, self(total)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):

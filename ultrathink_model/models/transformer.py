@@ -62,27 +62,21 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """The block on every token, or as deep as the depth router sends each; `rotation` is the whole table."""
         if self.depth_router is None:
-            attended = self._attend(x, tokens, rotation, cache)
-            x, normed = self.feed_forward_norm.of_sum(x, attended)
-            update, routing = self._feed(normed, tokens)
-            return x + update, routing
+            change, routing = self.residual(x, tokens, rotation, cache)
+            return x + change, routing
         return self.depth_router(self.residual, x, tokens, rotation, cache)
 
     def residual(
         self, x: Float[Tensor, "batch seq hidden"], tokens: Tokens, rotation: Rotation, cache: LayerCache | None = None
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing]:
         """What one pass of the block adds to the residual stream."""
-        attended = self._attend(x, tokens, rotation, cache)
-        update, routing = self._feed(self.feed_forward_norm.of_sum(x, attended)[1], tokens)
-        return attended + update, routing
-
-    def _attend(self, x: Tensor, tokens: Tokens, rotation: Rotation, cache: LayerCache | None) -> Tensor:
-        return self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
-
-    def _feed(self, normed: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
+        attended = self.attention(self.attention_norm(x), tokens, rotation.at(tokens.positions), cache)
+        normed = self.feed_forward_norm(x + attended)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            return self.feed_forward(normed, tokens)
-        return self.feed_forward(normed), Routing()
+            update, routing = self.feed_forward(normed, tokens)
+        else:
+            update, routing = self.feed_forward(normed), Routing()
+        return attended + update, routing
 
 
 class Transformer(nn.Module):

@@ -13,18 +13,11 @@ int threads_for(int64_t size, int threads) { return size < SMALL ? 1 : threads; 
 
 extern "C" {
 
-// out (rows, width) = norm(x + change), and sum = x + change; without a change, both it and sum are null.
-void rms_norm(const float *x, const float *change, const float *weight, float *sum, float *out, int64_t rows, int64_t width,
-              float eps, int threads) {
+// out (rows, width) = x / sqrt(mean(x²) + eps) · weight.
+void rms_norm(const float *x, const float *weight, float *out, int64_t rows, int64_t width, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
     for (int64_t i = 0; i < rows; i++) {
         const float *row = x + i * width;
-        if (change) {
-            float *to = sum + i * width;
-#pragma omp simd
-            for (int64_t j = 0; j < width; j++) to[j] = row[j] + change[i * width + j];
-            row = to;
-        }
         const float r = 1.0f / std::sqrt(sum_over(width, [&](int64_t j) { return row[j] * row[j]; }) / width + eps);
         float *to = out + i * width;
 #pragma omp simd
@@ -32,9 +25,9 @@ void rms_norm(const float *x, const float *change, const float *weight, float *s
     }
 }
 
-// x_grad (rows, width) and weight_grad (width) from the gradient of norm(x), and from that of x elsewhere unless it is null.
-void rms_norm_grad(const float *grad, const float *elsewhere, const float *x, const float *weight, float *x_grad,
-                   float *weight_grad, int64_t rows, int64_t width, float eps, int threads) {
+// x_grad (rows, width) and weight_grad (width).
+void rms_norm_grad(const float *grad, const float *x, const float *weight, float *x_grad, float *weight_grad, int64_t rows,
+                   int64_t width, float eps, int threads) {
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
     const Room parts(chunks * width);
     std::fill(parts + 0, parts + chunks * width, 0.0f);
@@ -55,9 +48,6 @@ void rms_norm_grad(const float *grad, const float *elsewhere, const float *x, co
                 to[j] = r * (from[j] * weight[j] - row[j] * along);
                 part[j] += from[j] * row[j] * r;
             }
-            if (!elsewhere) continue;
-#pragma omp simd
-            for (int64_t j = 0; j < width; j++) to[j] += elsewhere[i * width + j];
         }
     }
     std::fill(weight_grad, weight_grad + width, 0.0f);
