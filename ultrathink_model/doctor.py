@@ -162,7 +162,9 @@ def check_compiler(config: Config) -> Finding:
         return Finding("good", f"C++ compiler {found}")
     needed = config.training.compile and not gpu_memory()
     text = "no C++ compiler"
-    return Finding("bad" if needed else "note", text, "install g++ for training.compile=true on a processor")
+    return Finding(
+        "bad" if needed else "note", text, "install g++ for training.compile=true and native_kernels on a processor"
+    )
 
 
 def _check_database(name: str, path: Path) -> Finding:

@@ -342,7 +342,7 @@ def test_default_balance_loss_keeps_every_expert_at_work(small_config):
     assert balanced.min() > FAIR / 4
     assert balanced.max() < 4 * FAIR
     free = build_model(small_config("advanced.enable_moe=true", "moe.load_balance_weight=0"))
-    assert routing_after_training(free, 120, last=60)["moe/load"].min() < FAIR / 10, "some are all but dead without it"
+    assert routing_after_training(free, 120, last=60)["moe/load"].min() < FAIR / 20, "some are dead without it"
 
 
 def test_bias_keeps_every_expert_at_work(small_config):

@@ -58,7 +58,7 @@ class TrainingConfig(Section):
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     native_kernels: bool = Field(
         True,
-        description="On a CPU with a C++ compiler, in float32: operators of our own for the whole block and the loss, compiled "
+        description="On a CPU with a C++ compiler, in float32: operators of our own for blocks and the loss, compiled "
         "once, in seconds, and kept in the user's cache.",
     )
     loss_chunk_size: int = Field(2048, ge=1, description="Tokens whose logits are held at once in the cross-entropy.")

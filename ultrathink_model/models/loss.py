@@ -108,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accumulator, device=hidden.device)
         z_loss = torch.zeros_like(total)
-        hidden_grad = torch.empty_like(hidden) if need_hidden else None
+        hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=accumulator, device=weight.device) if need_weight else None
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)

@@ -72,6 +72,27 @@ def noting(native, kind, taken):
 
 
 @needs_library
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does so itself
+@pytest.mark.parametrize("features", ["dense", "experts"])
+def test_a_compiled_model_computes_the_same_without_a_break(features, small_model, random_tokens):
+    tokens, losses, models = random_tokens(8, 65), [], []
+    for compiles in (False, True):
+        model = small_model("model.head_dim=16", *FEATURES[features]).train()
+        use_native_kernels(model)
+        torch.compiler.reset()
+        call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
+        output = call(tokens[:, :-1], tokens[:, 1:])
+        losses.append(output.loss_sum + sum(output.aux_losses.values()))
+        losses[-1].backward()
+        models.append(model)
+    torch.testing.assert_close(losses[1], losses[0])
+    for eager, compiled in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad, atol=1e-4, rtol=1e-4)
+
+
+@needs_library
 def test_evaluation_and_generation_compute_the_same(small_model, random_tokens):
     tokens = random_tokens(5, 64)
     plain, native = small_model("model.head_dim=16").eval(), small_model("model.head_dim=16").eval()

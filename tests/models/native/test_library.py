@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     source.write_text(TINY)
     monkeypatch.setattr(native, "SOURCES", [source])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "ultrathink" / "native"
+    return tmp_path / "cache" / "ultrathink-native"
 
 
 def load() -> ctypes.CDLL | None:
@@ -80,6 +80,16 @@ def test_processes_that_compile_at_once_do_not_meet(cache):
     assert len(list(cache.iterdir())) == 1
 
 
+@needs_compiler
+def test_a_file_that_was_cut_short_is_not_the_end_of_it(cache, caplog):
+    cache.mkdir(mode=0o700, parents=True)
+    built = cache / f"{native._fingerprint(find_compiler())}.so"
+    built.touch(mode=0o700)
+    with caplog.at_level(logging.INFO):
+        assert load().answer() == 42
+    assert "for this process only" in caplog.text
+
+
 def test_without_a_compiler_there_is_none(cache, monkeypatch, caplog):
     monkeypatch.setattr(native, "find_compiler", lambda: None)
     with caplog.at_level(logging.INFO):
@@ -110,7 +120,7 @@ def test_a_folder_that_no_code_may_run_from_is_no_failure(cache, monkeypatch, ca
 
 @needs_compiler
 def test_without_a_home_it_is_compiled_for_the_process(cache, monkeypatch, caplog):
-    blocked = cache.parents[2] / "a file"
+    blocked = cache.parents[1] / "a file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     with caplog.at_level(logging.INFO):

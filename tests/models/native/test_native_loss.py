@@ -36,6 +36,33 @@ def test_other_formats_are_left_to_the_plain_ones():
     assert native.chunk_losses(hidden.bfloat16(), weight.bfloat16(), labels, 0.0, None, None) is None
 
 
+@pytest.mark.parametrize("label", [5, -1, 70_000_000])
+def test_labels_of_no_token_are_refused_before_anything_is_written(label):
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, label, -100])
+    with pytest.raises(IndexError, match=f"label {label} is no token of a vocabulary of 5"):
+        native.chunk_losses(hidden, weight, labels, 0.0, None, None)
+    assert native.chunk_losses(hidden, weight, labels.int(), 0.0, None, None) is None
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800001])
+def test_what_is_not_a_number_comes_through_whatever_its_bits(bits):
+    hidden, weight, labels = torch.ones(3, 4), torch.ones(5, 4), torch.tensor([0, 1, -100])
+    weight[3, 2] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    losses = native.chunk_losses(hidden, weight, labels, 0.0, None, None)
+    assert losses[0].isnan().tolist() == [True, True, False]
+
+
+def test_states_in_another_order_are_taken():
+    hidden = torch.randn(9, 2, 8).transpose(0, 1).requires_grad_()
+    weight, labels = torch.randn(50, 8, requires_grad=True), torch.randint(0, 50, (2, 9))
+    results = []
+    for function in (native.chunk_losses, None):
+        total, _ = loss.chunked_cross_entropy(hidden, weight, labels, 4, 0.0, function)
+        results.append([total, *torch.autograd.grad(total, (hidden, weight))])
+    for own, plain in zip(*results, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_the_whole_loss_takes_it_and_counts_the_same_operations():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 50, (2, 9), generator=generator)

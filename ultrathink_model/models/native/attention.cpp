@@ -62,8 +62,8 @@ struct Norm {
         float dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int64_t j = 0; j < half; j++) {
-            const float a = by * (grad[j] * cos[j] - grad[j + half] * sin[j]);
-            const float b = by * (grad[j + half] * cos[j + half] - grad[j] * sin[j + half]);
+            const float a = by * (grad[j] * cos[j] + grad[j + half] * sin[j + half]);
+            const float b = by * (grad[j + half] * cos[j + half] + grad[j] * sin[j]);
             weight_grad[j] += a * x[j] * r;
             weight_grad[j + half] += b * x[j + half] * r;
             x_grad[j] = a * weight[j];
@@ -85,6 +85,8 @@ void transpose(const float *rows, int64_t row, int64_t count, int64_t width, flo
     }
 }
 
+constexpr auto multiply = multiply_tile<ROWS, COLUMNS / LANES>;
+
 // The `count` queries from `start` on, of which query i looks at tokens up to start + i: products below leave out the tiles
 // that are empty, and end with the last tile that is not.
 struct Block {
@@ -94,16 +96,16 @@ struct Block {
     void weigh(const float *left, const float *panels, float *weights) const {
         for (int64_t j = 0; j < start + count; j += COLUMNS)
             for (int64_t i = std::max<int64_t>(0, (j - start) / ROWS * ROWS); i < count; i += ROWS)
-                multiply_tile<ROWS, COLUMNS / LANES>(width, left + i * width, width, 1, panels + j * width, COLUMNS, weights + i * weights_row + j,
-                              weights_row, false);
+                multiply(width, left + i * width, width, 1, panels + j * width, COLUMNS, weights + i * weights_row + j,
+                         weights_row, false);
     }
 
     // out (queries, width) = weights · right (tokens, width).
     void mix(const float *weights, const float *right, int64_t right_row, float *out) const {
         for (int64_t d = 0; d < width; d += COLUMNS)
             for (int64_t i = 0; i < count; i += ROWS)
-                multiply_tile<ROWS, COLUMNS / LANES>(start + std::min<int64_t>(i + ROWS, count), weights + i * weights_row, weights_row, 1,
-                              right + d, right_row, out + i * width + d, width, false);
+                multiply(start + std::min<int64_t>(i + ROWS, count), weights + i * weights_row, weights_row, 1,
+                         right + d, right_row, out + i * width + d, width, false);
     }
 
     // out (tokens, width) = weightsᵀ · right (queries, width); `keep` adds to out.
@@ -111,7 +113,7 @@ struct Block {
         for (int64_t d = 0; d < width; d += COLUMNS)
             for (int64_t j = 0; j < start + count; j += ROWS) {
                 const int64_t first = std::max<int64_t>(0, j - start);
-                multiply_tile<ROWS, COLUMNS / LANES>(count - first, weights + first * weights_row + j, 1, weights_row, right + first * width + d,
+                multiply(count - first, weights + first * weights_row + j, 1, weights_row, right + first * width + d,
                               width, out + j * width + d, width, keep);
             }
     }

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ultrathink_model.models.native.library import call, define, takes
+from ultrathink_model.models.native.library import call, define, num_threads, takes
 from ultrathink_model.models.recomputation import KEPT
 
-# The width of a head is a multiple of it: `COLUMNS` in simd.h.
+# The width of a head is a multiple of it: as in attention.cpp.
 COLUMNS = 16
 
 
@@ -46,7 +46,7 @@ def attend(
     batch, _, _, width = qkv.shape
     if not takes(qkv, query_weight, key_weight, cos, sin) or width % COLUMNS:
         return None
-    if batch * num_kv_heads < torch.get_num_threads():
+    if batch * num_kv_heads < num_threads() or (mask is not None and mask.dtype != torch.bool):
         return None
     out: Tensor = _Attention.apply(qkv, query_weight, key_weight, cos, sin, mask, eps, num_kv_heads)
     return out

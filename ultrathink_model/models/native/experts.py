@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from ultrathink_model.models.dispatch import Dispatch
-from ultrathink_model.models.native.library import call, define, takes
+from ultrathink_model.models.native.library import call, define, num_threads, takes
 from ultrathink_model.models.recomputation import KEPT
 
 
@@ -28,7 +28,7 @@ def mix_experts(
 
     Only float32 is, on a processor, with an expert at least for each thread.
     """
-    if not takes(rows, weights, gate_up, down) or gate_up.shape[0] < torch.get_num_threads():
+    if not takes(rows, weights, gate_up, down) or gate_up.shape[0] < num_threads():
         return None
     mixed: Tensor = _Experts.apply(rows, weights, dispatch.slots, dispatch.places, dispatch.ends, gate_up, down)
     return mixed

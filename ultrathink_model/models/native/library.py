@@ -18,19 +18,7 @@ from torch import Tensor
 
 from ultrathink_model.models.mkl import mkl_function
 
-SOURCES = [
-    Path(__file__).parent / name
-    for name in (
-        "attention.cpp",
-        "experts.cpp",
-        "feed_forward.cpp",
-        "linear.cpp",
-        "loss.cpp",
-        "norm.cpp",
-        "product.h",
-        "simd.h",
-    )
-]
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 # No flag that lets sums be taken in another order: results are to be repeatable wherever they are compiled alike.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 NAMESPACE = "ultrathink"
@@ -75,10 +63,17 @@ def call(name: str, tensors: list[Tensor | None], sizes: list[int], *reals: floa
         sizes: Whole numbers.
         reals: Numbers in float32.
     """
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        raise ValueError(f"{name} takes contiguous tensors only")
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     function = _function(name, len(tensors), len(sizes), len(reals))
     function(*addresses, *sizes, *reals, torch.get_num_threads())
+
+
+@torch.compiler.assume_constant_result
+def num_threads() -> int:
+    """PyTorch's threads of an operator, which a compiled graph takes to stay."""
+    return torch.get_num_threads()
 
 
 @functools.cache
@@ -128,17 +123,19 @@ def _load(compiler: str) -> ctypes.CDLL:
         subprocess.CalledProcessError: The compiler fails.
     """
     try:
-        folder = _cache_folder()
-    except (OSError, RuntimeError) as error:  # a home that is read-only, somebody else's, or none
+        built = _cache_folder() / f"{_fingerprint(compiler)}.so"
+        if not (built.exists() and _is_ours_alone(built)):
+            with tempfile.TemporaryDirectory(dir=built.parent) as workplace:
+                # Another process may be at the same: each puts its own in place, whole.
+                os.replace(_compile(compiler, Path(workplace)), built)
+        return ctypes.CDLL(str(built))
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # no home, not ours alone, a full disk, no code to be run there, a cut file
         logger.info("native kernels are compiled for this process only: %s", error)
-        with tempfile.TemporaryDirectory() as workplace:
-            return ctypes.CDLL(str(_compile(compiler, Path(workplace))))
-    built = folder / f"{_fingerprint(compiler)}.so"
-    if not (built.exists() and _is_ours_alone(built)):
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            # Another process may be at the same: each puts its own in place, whole.
-            os.replace(_compile(compiler, Path(workplace)), built)
-    return ctypes.CDLL(str(built))
+    with tempfile.TemporaryDirectory() as workplace:
+        return ctypes.CDLL(str(_compile(compiler, Path(workplace))))
 
 
 def _compile(compiler: str, folder: Path) -> Path:
@@ -157,7 +154,7 @@ def _cache_folder() -> Path:
         OSError: It cannot be made, or others may write there.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "ultrathink" / "native"
+    folder = cache / "ultrathink-native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours_alone(folder):
         raise PermissionError(f"{folder} belongs to another user, or others may write there: `chmod 700` it")

@@ -2,16 +2,7 @@
 
 #include "product.h"
 
-Sgemm mkl_sgemm = nullptr;
-SetThreads mkl_set_threads = nullptr;
-
 extern "C" {
-
-// Has products taken from MKL from now on; null pointers take them back.
-void use_mkl(Sgemm sgemm, SetThreads set_threads) {
-    mkl_sgemm = sgemm;
-    mkl_set_threads = set_threads;
-}
 
 // out (rows, outer) = x (rows, inner) · weightᵀ (outer, inner).
 void linear(const float *x, const float *weight, float *out, int64_t rows, int64_t inner, int64_t outer, int threads) {

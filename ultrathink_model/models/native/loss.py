@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ultrathink_model.models.loss import IGNORED_LABEL
 from ultrathink_model.models.native.library import call, define, takes
 
 
@@ -18,8 +19,12 @@ def chunk_losses(
     hidden_grad: Float[Tensor, "rows hidden"] | None,
     weight_grad: Float[Tensor, "vocab hidden"] | None,
 ) -> Float[Tensor, "2 rows"] | None:
-    """Each row's loss, and the z-loss in it; as `loss.chunk_losses`. None where it is not float32 on a processor."""
-    if not takes(hidden, weight):
+    """Each row's loss, and the z-loss in it; as `loss.chunk_losses`. None where it is not float32 on a processor.
+
+    Raises:
+        IndexError: A label is no token of the vocabulary, and not -100.
+    """
+    if not takes(hidden, weight) or labels.dtype != torch.int64:
         return None
     return CROSS_ENTROPY(hidden, weight, labels, z_loss_weight, hidden_grad, weight_grad)
 
@@ -33,6 +38,9 @@ def _run(
     weight_grad: Tensor | None,
 ) -> Tensor:
     (rows, hidden_size), vocab = hidden.shape, weight.shape[0]
+    unknown = ((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= vocab)
+    if unknown.any():
+        raise IndexError(f"label {int(labels[unknown][0])} is no token of a vocabulary of {vocab}")
     losses, logits = hidden.new_empty(2, rows), hidden.new_empty(rows, vocab)
     given = [hidden.contiguous(), weight.contiguous(), labels.contiguous(), logits, losses, hidden_grad, weight_grad]
     call("cross_entropy", given, [rows, hidden_size, vocab], z_loss_weight)

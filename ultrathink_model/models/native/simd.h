@@ -69,12 +69,12 @@ inline float exponential(float x) {
     e = e * r + 0.5f;
     e = e * r + 1.0f;
     e = e * r + 1.0f;
-    int32_t bits, exponent;
-    std::memcpy(&bits, &e, sizeof bits);
+    uint32_t exponent;
     std::memcpy(&exponent, &shifted, sizeof exponent);
-    bits += exponent << 23;
-    std::memcpy(&e, &bits, sizeof e);
-    return e;
+    exponent = (exponent << 23) + 0x3f800000u;  // the bits of 2ⁿ
+    float power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return e * power;  // not by bits: what is not a number stays none
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
