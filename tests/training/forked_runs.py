@@ -54,9 +54,9 @@ def start(config: Config, manifest: DataManifest, ranks: int = 1, hook: Hook | N
 
 
 def wait_for_step(processes: list[BaseProcess], folder: Path, step: int) -> None:
-    """Returns when the metrics hold the step."""
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl")):
+    """Returns when ranks that have just been started are beyond the step; rows of runs before them do not count."""
+    began, deadline = time.time(), time.monotonic() + 120
+    while not any(row["step"] >= step and row["time"] > began for row in read_metrics(folder / "metrics.jsonl")):
         assert all(process.is_alive() for process in processes), [process.exitcode for process in processes]
         assert time.monotonic() < deadline
         time.sleep(0.002)
