@@ -31,6 +31,14 @@ struct Shape {
     int64_t weights_row() const { return padded() + COLUMNS; }
 };
 
+// Has a row brought near that is needed, or written, soon: those of a head lie too far apart for the processor to guess.
+template <bool WRITES = false>
+void fetch(const float *row, int64_t width) {
+    for (int64_t d = 0; d < width; d += COLUMNS) __builtin_prefetch(row + d, WRITES);
+}
+
+constexpr int64_t AHEAD = 8;  // rows that are fetched before they are needed
+
 // A row and its place in the tables.
 struct Norm {
     const float *weight, *cosine, *sine;
@@ -96,16 +104,16 @@ struct Block {
     void weigh(const float *left, const float *panels, float *weights) const {
         for (int64_t j = 0; j < start + count; j += COLUMNS)
             for (int64_t i = std::max<int64_t>(0, (j - start) / ROWS * ROWS); i < count; i += ROWS)
-                multiply(width, left + i * width, width, 1, panels + j * width, COLUMNS, weights + i * weights_row + j,
-                         weights_row, false);
+                multiply(width, left + i * width, width, 1, panels + j * width, COLUMNS,
+                         weights + i * weights_row + j, weights_row, false);
     }
 
     // out (queries, width) = weights · right (tokens, width).
-    void mix(const float *weights, const float *right, int64_t right_row, float *out) const {
+    void mix(const float *weights, const float *right, float *out) const {
         for (int64_t d = 0; d < width; d += COLUMNS)
             for (int64_t i = 0; i < count; i += ROWS)
                 multiply(start + std::min<int64_t>(i + ROWS, count), weights + i * weights_row, weights_row, 1,
-                         right + d, right_row, out + i * width + d, width, false);
+                         right + d, width, out + i * width + d, width, false);
     }
 
     // out (tokens, width) = weightsᵀ · right (queries, width); `keep` adds to out.
@@ -113,8 +121,8 @@ struct Block {
         for (int64_t d = 0; d < width; d += COLUMNS)
             for (int64_t j = 0; j < start + count; j += ROWS) {
                 const int64_t first = std::max<int64_t>(0, j - start);
-                multiply(count - first, weights + first * weights_row + j, 1, weights_row, right + first * width + d,
-                              width, out + j * width + d, width, keep);
+                multiply(count - first, weights + first * weights_row + j, 1, weights_row,
+                         right + first * width + d, width, out + j * width + d, width, keep);
             }
     }
 
@@ -146,17 +154,18 @@ void softmax_grad(float *scores, float *grad, int64_t count, float log_sum, floa
 #pragma omp simd
     for (int64_t j = 0; j < count; j++) {
         scores[j] = sees(j) ? exponential(scores[j] - log_sum) : 0.0f;
-        grad[j] = scores[j] * (grad[j] - mean_grad);
+        grad[j] = sees(j) ? scores[j] * (grad[j] - mean_grad) : 0.0f;
     }
 }
 
-// Calls `run` with what says whether a token sees another: all, or what its row of the mask says.
+// Calls `run` with what says whether token `last` sees another, and how many it is to be asked of: those up to itself, and
+// more where that makes whole vectors.
 template <class Run>
-void with_sight(const uint8_t *row, Run run) {
+void with_sight(const uint8_t *row, int64_t last, Run run) {
     if (row)
-        run([row](int64_t j) { return row[j] != 0; });
+        run([row](int64_t j) { return row[j] != 0; }, last + 1);
     else
-        run([](int64_t) { return true; });
+        run([last](int64_t j) { return j <= last; }, (last / LANES + 1) * LANES);
 }
 
 // Where a head of keys and values of one sequence begins in the arrays.
@@ -197,31 +206,39 @@ void attention(const float *qkv, const float *query_weight, const float *key_wei
     const int64_t whole = shape.padded() * width, block_size = BLOCK * width;
 #pragma omp parallel num_threads(threads)
     {
-        const Room room(2 * whole + 2 * block_size + BLOCK * shape.weights_row());
-        float *key = room, *panels = key + whole, *query = panels + whole, *mixed = query + block_size;
+        const Room room(3 * whole + 2 * block_size + BLOCK * shape.weights_row());
+        float *key = room, *panels = key + whole, *value = panels + whole, *query = value + whole, *mixed = query + block_size;
         float *weights = mixed + block_size;
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < batch * kv_heads; unit++) {
             const Head head{shape, unit / kv_heads, unit % kv_heads};
             const Norm query_norm = head.norm(query_weight, cosine, sine), key_norm = head.norm(key_weight, cosine, sine);
-            for (int64_t t = 0; t < seq; t++) key_norm.apply(qkv + head.key() + t * shape.row(), t, 1.0f, key + t * width);
+            for (int64_t t = 0; t < seq; t++) {
+                fetch(qkv + head.key() + (t + AHEAD) * shape.row(), width);
+                fetch(qkv + head.value() + (t + AHEAD) * shape.row(), width);
+                key_norm.apply(qkv + head.key() + t * shape.row(), t, 1.0f, key + t * width);
+                std::memcpy(value + t * width, qkv + head.value() + t * shape.row(), width * sizeof(float));
+            }
             transpose(key, width, seq, width, panels);
             for (int64_t q = head.index * head.group(); q < (head.index + 1) * head.group(); q++)
                 for (int64_t start = 0; start < seq; start += BLOCK) {
                     const Block block{start, std::min(BLOCK, seq - start), width, shape.weights_row()};
-                    for (int64_t i = 0; i < block.count; i++)
+                    for (int64_t i = 0; i < block.count; i++) {
+                        fetch(qkv + head.query(q, start + i + AHEAD), width);
                         query_norm.apply(qkv + head.query(q, start + i), start + i, scale, query + i * width);
+                        fetch<true>(out + head.out(q, start + i), width);
+                    }
                     block.weigh(query, panels, weights);
                     float share[BLOCK];
                     for (int64_t i = 0; i < block.count; i++) {
-                        with_sight(head.mask_row(mask, start + i), [&](auto sees) {
-                            const auto [largest, total] = exponentials(weights + i * block.weights_row, start + i + 1, sees);
+                        with_sight(head.mask_row(mask, start + i), start + i, [&](auto sees, int64_t tokens) {
+                            const auto [largest, total] = exponentials(weights + i * block.weights_row, tokens, sees);
                             share[i] = 1.0f / total;
                             log_sum[head.log_sum(q, start + i)] = largest + std::log(total);
                         });
                         block.close(weights, i);
                     }
-                    block.mix(weights, qkv + head.value(), shape.row(), mixed);
+                    block.mix(weights, value, mixed);
                     for (int64_t i = 0; i < block.count; i++) {
                         float *to = out + head.out(q, start + i);
 #pragma omp simd
@@ -253,7 +270,11 @@ void attention_grad(const float *grad, const float *qkv, const float *query_weig
             const Norm query_norm = head.norm(query_weight, cosine, sine), key_norm = head.norm(key_weight, cosine, sine);
             float *query_weight_grad = weight_grad + unit * 2 * width, *key_weight_grad = query_weight_grad + width;
             std::fill(query_weight_grad, query_weight_grad + 2 * width, 0.0f);
-            for (int64_t t = 0; t < seq; t++) key_norm.apply(qkv + head.key() + t * shape.row(), t, 1.0f, key + t * width);
+            for (int64_t t = 0; t < seq; t++) {
+                fetch(qkv + head.key() + (t + AHEAD) * shape.row(), width);
+                fetch(qkv + head.value() + t * shape.row(), width);
+                key_norm.apply(qkv + head.key() + t * shape.row(), t, 1.0f, key + t * width);
+            }
             transpose(key, width, seq, width, key_panels);
             transpose(qkv + head.value(), shape.row(), seq, width, value_panels);
             bool keep = false;
@@ -262,6 +283,10 @@ void attention_grad(const float *grad, const float *qkv, const float *query_weig
                 for (int64_t start = shape.padded() - BLOCK; start >= 0; start -= BLOCK) {
                     const Block block{start, std::min(BLOCK, seq - start), width, shape.weights_row()};
                     for (int64_t i = 0; i < block.count; i++) {
+                        fetch(qkv + head.query(q, start + i + AHEAD), width);
+                        fetch(grad + head.out(q, start + i + AHEAD), width);
+                        fetch(out + head.out(q, start + i), width);
+                        fetch<true>(qkv_grad + head.query(q, start + i), width);
                         query_norm.apply(qkv + head.query(q, start + i), start + i, scale, query + i * width);
                         std::memcpy(out_grad + i * width, grad + head.out(q, start + i), width * sizeof(float));
                     }
@@ -270,8 +295,8 @@ void attention_grad(const float *grad, const float *qkv, const float *query_weig
                     for (int64_t i = 0; i < block.count; i++) {
                         const float *of = out_grad + i * width, *mixed = out + head.out(q, start + i);
                         const float mean = sum_over(width, [&](int64_t d) { return of[d] * mixed[d]; });
-                        with_sight(head.mask_row(mask, start + i), [&](auto sees) {
-                            softmax_grad(weights + i * block.weights_row, scores_grad + i * block.weights_row, start + i + 1,
+                        with_sight(head.mask_row(mask, start + i), start + i, [&](auto sees, int64_t tokens) {
+                            softmax_grad(weights + i * block.weights_row, scores_grad + i * block.weights_row, tokens,
                                          log_sum[head.log_sum(q, start + i)], mean, sees);
                         });
                         block.close(weights, i);
@@ -279,13 +304,16 @@ void attention_grad(const float *grad, const float *qkv, const float *query_weig
                     }
                     block.spread(weights, out_grad, value_grad, keep);
                     block.spread(scores_grad, query, key_grad, keep);
-                    block.mix(scores_grad, key, width, query_grad);
+                    block.mix(scores_grad, key, query_grad);
                     for (int64_t i = 0; i < block.count; i++)
                         query_norm.grad(query_grad + i * width, qkv + head.query(q, start + i), start + i, scale,
                                         qkv_grad + head.query(q, start + i), query_weight_grad);
                     keep = true;
                 }
             for (int64_t t = 0; t < seq; t++) {
+                fetch(qkv + head.key() + (t + AHEAD) * shape.row(), width);
+                fetch<true>(qkv_grad + head.key() + (t + AHEAD) * shape.row(), width);
+                fetch<true>(qkv_grad + head.value() + (t + AHEAD) * shape.row(), width);
                 key_norm.grad(key_grad + t * width, qkv + head.key() + t * shape.row(), t, 1.0f,
                               qkv_grad + head.key() + t * shape.row(), key_weight_grad);
                 std::memcpy(qkv_grad + head.value() + t * shape.row(), value_grad + t * width, width * sizeof(float));

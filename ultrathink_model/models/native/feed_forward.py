@@ -52,8 +52,7 @@ def _run(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 def _run_grad(grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
     results = _empty_grad(grad, x, gate_up, down, inner)
     given = [tensor.contiguous() for tensor in (grad, x, gate_up, down, inner)]
-    units = inner.new_empty(*inner.shape[:-1], down.shape[1])
-    call("feed_forward_grad", [*given, units, torch.empty_like(given[-1]), *results], _sizes(x, down))
+    call("feed_forward_grad", [*given, torch.empty_like(given[-1]), *results], _sizes(x, down))
     return results
 
 

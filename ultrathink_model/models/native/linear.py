@@ -36,51 +36,39 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        return (
-            None if weight is None else LINEAR_INPUT_GRAD(grad, weight),
-            None if x is None else LINEAR_WEIGHT_GRAD(grad, x),
-        )
-
-
-def _sizes(x: Tensor, outer: int) -> list[int]:
-    return [x.numel() // x.shape[-1], x.shape[-1], outer]
+        x_grad, weight_grad = LINEAR_GRAD(grad, x, weight)
+        return None if weight is None else x_grad, None if x is None else weight_grad
 
 
 def _run(x: Tensor, weight: Tensor) -> Tensor:
     out = _empty(x, weight)
-    call("linear", [x.contiguous(), weight.contiguous(), out], _sizes(x, weight.shape[0]))
+    outer, inner = weight.shape
+    call("linear", [x.contiguous(), weight.contiguous(), out], [x.numel() // inner, inner, outer])
     return out
 
 
-def _run_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    x_grad = _empty_input_grad(grad, weight)
-    call("linear_input_grad", [grad.contiguous(), weight.contiguous(), x_grad], _sizes(x_grad, weight.shape[0]))
-    return x_grad
-
-
-def _run_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    weight_grad = _empty_weight_grad(grad, x)
-    call("linear_weight_grad", [grad.contiguous(), x.contiguous(), weight_grad], _sizes(x, grad.shape[-1]))
-    return weight_grad
+def _run_grad(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x, which its weight is taken for, and of the weight, which x is; empty where that is missing."""
+    x_grad, weight_grad = _empty_grad(grad, x, weight)
+    given = [None if tensor is None else tensor.contiguous() for tensor in (grad, x, weight)]
+    outer, inner = grad.shape[-1], (x_grad if x is None else x).shape[-1]
+    call("linear_grad", [*given, x_grad, weight_grad], [grad.numel() // outer, inner, outer])
+    return x_grad, weight_grad
 
 
 def _empty(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _empty_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
-
-
-def _empty_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape[-1], x.shape[-1])
+def _empty_grad(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (
+        grad.new_empty(0 if weight is None else (*grad.shape[:-1], weight.shape[1])),
+        grad.new_empty(0 if x is None else (grad.shape[-1], x.shape[-1])),
+    )
 
 
 LINEAR = define("linear(Tensor x, Tensor weight) -> Tensor", _run, _empty)
-LINEAR_INPUT_GRAD = define(
-    "linear_input_grad(Tensor grad, Tensor weight) -> Tensor", _run_input_grad, _empty_input_grad
-)
-LINEAR_WEIGHT_GRAD = define("linear_weight_grad(Tensor grad, Tensor x) -> Tensor", _run_weight_grad, _empty_weight_grad)
+LINEAR_GRAD = define("linear_grad(Tensor grad, Tensor? x, Tensor? weight) -> (Tensor, Tensor)", _run_grad, _empty_grad)
 KEPT.append(LINEAR)
 
 
@@ -89,11 +77,7 @@ def _operations(x: Any, weight: Any, **_: Any) -> int:
     return 2 * torch.Size(x).numel() * weight[0]
 
 
-@register_flop_formula([LINEAR_INPUT_GRAD.overloadpacket])
-def _input_grad_operations(grad: Any, weight: Any, **_: Any) -> int:
-    return 2 * torch.Size(grad).numel() * weight[1]
-
-
-@register_flop_formula([LINEAR_WEIGHT_GRAD.overloadpacket])
-def _weight_grad_operations(grad: Any, x: Any, **_: Any) -> int:
-    return 2 * torch.Size(grad).numel() * x[-1]
+@register_flop_formula([LINEAR_GRAD.overloadpacket])
+def _grad_operations(grad: Any, x: Any, weight: Any, **_: Any) -> int:
+    operations = 2 * torch.Size(grad).numel()
+    return operations * ((0 if weight is None else weight[1]) + (0 if x is None else x[-1]))

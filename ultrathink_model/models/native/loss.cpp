@@ -52,15 +52,15 @@ void cross_entropy(const float *hidden, const float *weight, const int64_t *labe
     std::unique_ptr<Right> backward, by_hidden;
     if (hidden_grad) backward.reset(new Right({weight, hidden_size}, vocab, hidden_size));
     if (weight_grad) by_hidden.reset(new Right({hidden, hidden_size}, rows, hidden_size));
+    Parts parts(rows, threads), weight_parts(vocab, threads);
 #pragma omp parallel num_threads(threads)
     {
         const OneThread one;
         forward.pack();
         if (backward) backward->pack();
         if (by_hidden) by_hidden->pack();
-#pragma omp for schedule(dynamic)
-        for (int64_t start = 0; start < rows; start += BLOCK) {
-            const int64_t count = std::min(BLOCK, rows - start);
+        wait_for_all();
+        parts.each([&](int64_t start, int64_t count) {
             float *of = logits + start * vocab;
             forward.multiply({hidden + start * hidden_size, hidden_size}, count, of, vocab);
             for (int64_t i = 0; i < count; i++) {
@@ -69,8 +69,9 @@ void cross_entropy(const float *hidden, const float *weight, const int64_t *labe
                 losses[rows + start + i] = loss.z_loss;
             }
             if (backward) backward->multiply({of, vocab}, count, hidden_grad + start * hidden_size, hidden_size);
-        }
-        if (by_hidden) multiply_transposed(logits, *by_hidden, vocab, weight_grad, hidden_size, threads, true);
+        });
+        wait_for_all();
+        if (by_hidden) multiply_transposed(logits, *by_hidden, vocab, weight_parts, weight_grad, hidden_size, true);
     }
 }
 

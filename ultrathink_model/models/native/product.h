@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <atomic>
+#include <type_traits>
+
 #include "simd.h"
 
 using Sgemm = void (*)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
@@ -15,8 +18,35 @@ extern SetThreads mkl_set_threads;
 namespace {
 
 constexpr int PANEL_VECTORS = LANES == 4 ? 4 : 2, PANEL = PANEL_VECTORS * LANES;
-constexpr int64_t BLOCK = 8 * ROWS;  // rows that a thread takes at once
+constexpr int64_t BLOCK = 8 * ROWS;  // the most rows that a thread takes at once
 constexpr int64_t DEPTH = 384;       // terms of a sum that a tile takes at once, so that its operands stay in the nearest caches
+
+// Rows that threads share out, in parts that grow smaller towards the end: none waits long for another.
+class Parts {
+  public:
+    Parts(int64_t rows, int threads) : rows_(rows), threads_(threads) {}
+
+    // Calls `run(start, count)` for parts until there are none left.
+    template <class Run>
+    void each(Run run) {
+        for (int64_t start = next_; start < rows_;) {
+            const int64_t share = (rows_ - start) / (4 * threads_) / ROWS * ROWS;
+            const int64_t count = std::min(threads_ == 1 ? BLOCK : std::min(std::max<int64_t>(share, 2 * ROWS), BLOCK), rows_ - start);
+            if (!next_.compare_exchange_weak(start, start + count)) continue;
+            run(start, count);
+            start = next_;
+        }
+    }
+
+  private:
+    std::atomic<int64_t> next_{0};
+    int64_t rows_;
+    int threads_;
+};
+
+inline void wait_for_all() {
+#pragma omp barrier
+}
 
 // While it lives, MKL's products in this thread stay in this thread.
 class OneThread {
@@ -52,37 +82,54 @@ inline void multiply_by_mkl(const Matrix &left, const Matrix &right, int64_t row
               &left_row, &old, out, &to);
 }
 
-// A tile of at most R rows.
-template <int R>
+// A tile of at most R rows, of the first V vectors of a panel.
+template <int R, int V>
 inline void multiply_rows(int64_t rows, int64_t inner, const float *left, int64_t left_row, int64_t left_column,
-                           const float *panel, float *out, int64_t out_row, bool keep) {
+                          const float *panel, float *out, int64_t out_row, bool keep) {
     if constexpr (R > 1)
-        if (rows < R) return multiply_rows<R - 1>(rows, inner, left, left_row, left_column, panel, out, out_row, keep);
-    multiply_tile<R, PANEL_VECTORS>(inner, left, left_row, left_column, panel, PANEL, out, out_row, keep);
+        if (rows < R) return multiply_rows<R - 1, V>(rows, inner, left, left_row, left_column, panel, out, out_row, keep);
+    multiply_tile<R, V>(inner, left, left_row, left_column, panel, PANEL, out, out_row, keep);
 }
 
-// A right operand (inner, columns), which all threads bring into panels of columns before they multiply with it.
+// A right operand (inner, columns), which lies in panels of columns: all threads bring a matrix into them before they
+// multiply with it, or write it there.
 class Right {
   public:
     Right(const Matrix &matrix, int64_t inner, int64_t columns)
         : matrix_(matrix), inner_(inner), columns_(columns), panels_((columns + PANEL - 1) / PANEL),
           packed_(mkl_sgemm ? 0 : panels_ * inner * PANEL) {}
 
-    // Called by every thread of a parallel region, which wait for each other.
+    // One that is yet to be written, row by row.
+    Right(int64_t inner, int64_t columns)
+        : inner_(inner), columns_(columns), panels_((columns + PANEL - 1) / PANEL), packed_(inner * (mkl_sgemm ? columns : panels_ * PANEL)) {
+        matrix_ = {packed_, columns};
+        if (!mkl_sgemm && columns % PANEL) std::fill(packed_ + (panels_ - 1) * inner * PANEL, packed_ + panels_ * inner * PANEL, 0.0f);
+    }
+
+    // Writes row k: `write(to, first, count)` puts columns `first` on where they belong.
+    template <class Write>
+    void write_row(int64_t k, Write write) {
+        if (mkl_sgemm) return write(packed_ + k * columns_, 0, columns_);
+        const int64_t whole = columns_ / PANEL;
+        for (int64_t p = 0; p < whole; p++) write(packed_ + (p * inner_ + k) * PANEL, p * PANEL, std::integral_constant<int64_t, PANEL>());
+        if (columns_ % PANEL) write(packed_ + (whole * inner_ + k) * PANEL, whole * PANEL, columns_ % PANEL);
+    }
+
+    // Called by every thread of a parallel region, who wait for all before they multiply.
     void pack() {
-        if (!packed_) return;
-#pragma omp for schedule(dynamic)
+        if (mkl_sgemm) return;
+#pragma omp for schedule(dynamic) nowait
         for (int64_t p = 0; p < panels_; p++) pack_panel(p);
     }
 
     // The same by one thread, for itself.
     void pack_alone() {
-        for (int64_t p = 0; packed_ && p < panels_; p++) pack_panel(p);
+        for (int64_t p = 0; !mkl_sgemm && p < panels_; p++) pack_panel(p);
     }
 
     // out (rows, columns) = left (rows, inner) · this; `keep` adds to out.
     void multiply(const Matrix &left, int64_t rows, float *out, int64_t out_row, bool keep = false) const {
-        if (!packed_) return multiply_by_mkl(left, matrix_, rows, columns_, inner_, out, out_row, keep);
+        if (mkl_sgemm) return multiply_by_mkl(left, matrix_, rows, columns_, inner_, out, out_row, keep);
         alignas(64) float turned[DEPTH * ROWS];
         for (int64_t first = 0; first < inner_; first += DEPTH) {
             const int64_t depth = std::min(DEPTH, inner_ - first);
@@ -139,35 +186,28 @@ class Right {
                         int64_t rows, float *out, int64_t out_row, bool adds) const {
         const float *panel = packed_ + (p * inner_ + first) * PANEL;
         const int64_t width = std::min<int64_t>(PANEL, columns_ - p * PANEL);
-        alignas(64) float edge[ROWS * PANEL];
         float *to = out + p * PANEL;
-        if (width == PANEL) return multiply_rows<ROWS>(rows, depth, left, left_row, left_column, panel, to, out_row, adds);
-        multiply_rows<ROWS>(rows, depth, left, left_row, left_column, panel, edge, PANEL, false);
+        constexpr auto multiply_whole = multiply_rows<ROWS, PANEL_VECTORS>, multiply_half = multiply_rows<ROWS, PANEL_VECTORS / 2>;
+        constexpr int64_t HALF = PANEL / 2;
+        if (width == PANEL) return multiply_whole(rows, depth, left, left_row, left_column, panel, to, out_row, adds);
+        if (width == HALF) return multiply_half(rows, depth, left, left_row, left_column, panel, to, out_row, adds);
+        alignas(64) float edge[ROWS * PANEL];
+        (width < HALF ? multiply_half : multiply_whole)(rows, depth, left, left_row, left_column, panel, edge, PANEL, false);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < width; j++) to[i * out_row + j] = edge[i * PANEL + j] + (adds ? to[i * out_row + j] : 0.0f);
     }
 
-    Matrix matrix_;
+    Matrix matrix_{};
     int64_t inner_, columns_, panels_;
     Room packed_;
 };
 
-// out (rows, columns) = left (rows, inner) · right, over the threads of a parallel region; left is not transposed.
-inline void multiply(const float *left, int64_t left_row, const Right &right, int64_t rows, float *out, int64_t out_row) {
-#pragma omp for schedule(dynamic)
-    for (int64_t start = 0; start < rows; start += BLOCK)
-        right.multiply({left + start * left_row, left_row}, std::min(BLOCK, rows - start), out + start * out_row, out_row);
-}
-
-// out (rows, columns) = leftᵀ · right with left (inner, rows), over `threads` threads of a parallel region; `keep` adds.
-inline void multiply_transposed(const float *left, const Right &right, int64_t rows, float *out, int64_t out_row,
-                                int threads, bool keep = false) {
-    // Enough parts for each thread to find one when it is done with another.
-    const int64_t share = (rows / (4 * threads) + ROWS - 1) / ROWS * ROWS;
-    const int64_t part = std::min(std::max<int64_t>(share, 2 * ROWS), BLOCK);
-#pragma omp for schedule(dynamic)
-    for (int64_t start = 0; start < rows; start += part)
-        right.multiply({left + start, rows, true}, std::min(part, rows - start), out + start * out_row, out_row, keep);
+// out (rows, columns) = leftᵀ · right with left (inner, rows), by the threads that call it; `keep` adds.
+inline void multiply_transposed(const float *left, const Right &right, int64_t rows, Parts &parts, float *out, int64_t out_row,
+                                bool keep = false) {
+    parts.each([&](int64_t start, int64_t count) {
+        right.multiply({left + start, rows, true}, count, out + start * out_row, out_row, keep);
+    });
 }
 
 }  // namespace

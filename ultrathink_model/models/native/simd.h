@@ -33,24 +33,32 @@ class Room {
     float *at_;
 };
 
+// Loops over a tile are unrolled before anything else is done with them: what they sum up in is then registers.
+#define TILE_LOOP _Pragma("GCC unroll 16") for
+
 // out (R, V vectors) = left (R, inner) · right (inner, V vectors); `keep` adds to out. Every operand's rows lie so many
 // floats apart, and left's columns too, so that it may be stored transposed.
 template <int R, int V>
 inline void multiply_tile(int64_t inner, const float *left, int64_t left_row, int64_t left_column, const float *right,
                           int64_t right_row, float *out, int64_t out_row, bool keep) {
     Vector sums[R][V];
-    for (int i = 0; i < R; i++)
-        for (int v = 0; v < V; v++) sums[i][v] = keep ? *(const Vector *)(out + i * out_row + v * LANES) : Vector{};
+    // What is written at the end is fetched meanwhile.
+    TILE_LOOP(int i = 0; i < R; i++) TILE_LOOP(int v = 0; v < V; v++) {
+        __builtin_prefetch(out + i * out_row + v * LANES, 1);
+        sums[i][v] = Vector{};
+    }
+    if (keep) TILE_LOOP(int i = 0; i < R; i++) TILE_LOOP(int v = 0; v < V; v++)
+        sums[i][v] = *(const Vector *)(out + i * out_row + v * LANES);
     for (int64_t k = 0; k < inner; k++) {
         Vector row[V];
-        for (int v = 0; v < V; v++) row[v] = *(const Vector *)(right + k * right_row + v * LANES);
-        for (int i = 0; i < R; i++) {
+        TILE_LOOP(int v = 0; v < V; v++) row[v] = *(const Vector *)(right + k * right_row + v * LANES);
+        TILE_LOOP(int i = 0; i < R; i++) {
             const float by = left[i * left_row + k * left_column];
-            for (int v = 0; v < V; v++) sums[i][v] += by * row[v];
+            TILE_LOOP(int v = 0; v < V; v++) sums[i][v] += by * row[v];
         }
     }
-    for (int i = 0; i < R; i++)
-        for (int v = 0; v < V; v++) *(Vector *)(out + i * out_row + v * LANES) = sums[i][v];
+    TILE_LOOP(int i = 0; i < R; i++) TILE_LOOP(int v = 0; v < V; v++)
+        *(Vector *)(out + i * out_row + v * LANES) = sums[i][v];
 }
 
 // exp(x) is 2ⁿ · exp(r) with |r| ≤ ln(2) / 2, and that by its Taylor series up to r⁷, whose remainder is under 6e-9. Beyond
