@@ -82,9 +82,9 @@ inline void multiply_by_mkl(const Matrix &left, const Matrix &right, int64_t row
               &left_row, &old, out, &to);
 }
 
-// A tile of at most R rows, of the first V vectors of a panel.
+// A tile of at most R rows, of the first V vectors of a panel. Within its callers it would have too few registers.
 template <int R, int V>
-inline void multiply_rows(int64_t rows, int64_t inner, const float *left, int64_t left_row, int64_t left_column,
+__attribute__((noinline)) void multiply_rows(int64_t rows, int64_t inner, const float *left, int64_t left_row, int64_t left_column,
                           const float *panel, float *out, int64_t out_row, bool keep) {
     if constexpr (R > 1)
         if (rows < R) return multiply_rows<R - 1, V>(rows, inner, left, left_row, left_column, panel, out, out_row, keep);
@@ -130,23 +130,20 @@ class Right {
     // out (rows, columns) = left (rows, inner) · this; `keep` adds to out.
     void multiply(const Matrix &left, int64_t rows, float *out, int64_t out_row, bool keep = false) const {
         if (mkl_sgemm) return multiply_by_mkl(left, matrix_, rows, columns_, inner_, out, out_row, keep);
-        alignas(64) float turned[DEPTH * ROWS];
+        alignas(64) float turned[DEPTH * BLOCK];
         for (int64_t first = 0; first < inner_; first += DEPTH) {
             const int64_t depth = std::min(DEPTH, inner_ - first);
-            const bool adds = keep || first > 0;
-            if (!left.transposed) {
+            for (int64_t start = 0; start < rows; start += BLOCK) {
+                const int64_t end = std::min(start + BLOCK, rows);
+                // Rows that lie apart are turned, tile by tile, and stay near for all panels.
+                for (int64_t i = start; left.transposed && i < end; i += ROWS)
+                    turn(left, i, std::min<int64_t>(ROWS, end - i), first, depth, turned + (i - start) * DEPTH);
                 for (int64_t p = 0; p < panels_; p++)
-                    for (int64_t i = 0; i < rows; i += ROWS)
-                        multiply_panel(p, first, depth, left.part(i, first), left.row, 1, std::min<int64_t>(ROWS, rows - i),
-                                       out + i * out_row, out_row, adds);
-                continue;
-            }
-            // Rows of a tile that lie apart are turned, and stay near for all panels.
-            for (int64_t i = 0; i < rows; i += ROWS) {
-                const int64_t count = std::min<int64_t>(ROWS, rows - i);
-                turn(left, i, count, first, depth, turned);
-                for (int64_t p = 0; p < panels_; p++)
-                    multiply_panel(p, first, depth, turned, 1, ROWS, count, out + i * out_row, out_row, adds);
+                    for (int64_t i = start; i < end; i += ROWS) {
+                        const float *from = left.transposed ? turned + (i - start) * DEPTH : left.part(i, first);
+                        multiply_panel(p, first, depth, from, left.transposed ? 1 : left.row, left.transposed ? ROWS : 1,
+                                       std::min<int64_t>(ROWS, end - i), out + i * out_row, out_row, keep || first > 0);
+                    }
             }
         }
     }
