@@ -35,7 +35,7 @@ from ultrathink_model.distributed.context import RankContext, init_distributed
 from ultrathink_model.models.transformer import build_model
 from ultrathink_model.tracking.metrics import MetricsWriter, read_metrics
 from ultrathink_model.tracking.run_folder import RunFolder
-from ultrathink_model.training.assembly import make_trainer
+from ultrathink_model.training.assembly import compile_model, make_trainer
 from ultrathink_model.training.callbacks.callback import Callback
 from ultrathink_model.training.callbacks.metrics import MetricsCallback
 from ultrathink_model.training.optimizer import make_optimizer
@@ -107,6 +107,7 @@ def step_seconds(folder: Path) -> list[float]:
 def bare_step(config: Config, manifest: DataManifest) -> Step:
     """Nothing but forward, backward, clipping and the optimizer, on rows that are there already."""
     model = build_model(config).train()
+    compile_model(model, config, init_distributed(config))
     optimizer = make_optimizer(config.training, model)
     batches = itertools.cycle(list(itertools.islice(TrainLoader(manifest, config), 8)))
 

@@ -3,6 +3,7 @@
 import ctypes
 
 import pytest
+import torch
 
 from ultrathink_model.models.mkl import mkl_function
 from ultrathink_model.models.native import library as native
@@ -38,6 +39,12 @@ def build(request):
         loaded.use_mkl(None, None)  # builds alike are one library
     clear()
     native.library()
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    """Has the operators share their work out over so many threads, whatever PyTorch has."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
 def clear() -> None:

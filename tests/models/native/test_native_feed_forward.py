@@ -27,6 +27,7 @@ def plain(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 # The gates at 50 leave exp's range.
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("rows", "hidden", "width", "spread"), [(256, 24, 40, 1.0), (300, 33, 17, 1.0), (256, 8, 420, 50.0)]
 )

@@ -24,6 +24,7 @@ def results(function, x: Tensor, weight: Tensor, direction: Tensor) -> list[Tens
 
 
 # Sizes around those of tiles (8 × 32 and smaller), blocks (64 rows) and depths (384 terms), and none of them.
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [256, 301])
 @pytest.mark.parametrize(("inner", "outer"), [(24, 40), (1, 7), (33, 31), (400, 65), (64, 800)])
 def test_values_and_gradients_are_pytorchs(rows, inner, outer):

@@ -10,6 +10,7 @@ from ultrathink_model.models.native import loss as native
 pytestmark = pytest.mark.usefixtures("build")
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("rows", "hidden_size", "vocab"), [(1, 8, 5), (70, 33, 101), (130, 16, 800)])
 @pytest.mark.parametrize("z_loss_weight", [0.0, 1e-2])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True), (False, False)])
