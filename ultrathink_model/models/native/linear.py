@@ -48,7 +48,7 @@ def _run(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _run_grad(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of x, which its weight is taken for, and of the weight, which x is; empty where that is missing."""
+    """The gradients of x, made with the weight, and of the weight, made with x; an empty one where that is None."""
     x_grad, weight_grad = _empty_grad(grad, x, weight)
     given = [None if tensor is None else tensor.contiguous() for tensor in (grad, x, weight)]
     outer, inner = grad.shape[-1], (x_grad if x is None else x).shape[-1]

@@ -30,8 +30,8 @@ class Parts {
     template <class Run>
     void each(Run run) {
         for (int64_t start = next_; start < rows_;) {
-            const int64_t share = (rows_ - start) / (4 * threads_) / ROWS * ROWS;
-            const int64_t count = std::min(threads_ == 1 ? BLOCK : std::min(std::max<int64_t>(share, 2 * ROWS), BLOCK), rows_ - start);
+            const int64_t share = threads_ == 1 ? BLOCK : (rows_ - start) / (4 * threads_) / ROWS * ROWS;
+            const int64_t count = std::min({std::max<int64_t>(share, 2 * ROWS), BLOCK, rows_ - start});
             if (!next_.compare_exchange_weak(start, start + count)) continue;
             run(start, count);
             start = next_;
@@ -101,9 +101,11 @@ class Right {
 
     // One that is yet to be written, row by row.
     Right(int64_t inner, int64_t columns)
-        : inner_(inner), columns_(columns), panels_((columns + PANEL - 1) / PANEL), packed_(inner * (mkl_sgemm ? columns : panels_ * PANEL)) {
+        : inner_(inner), columns_(columns), panels_((columns + PANEL - 1) / PANEL),
+          packed_(inner * (mkl_sgemm ? columns : panels_ * PANEL)) {
         matrix_ = {packed_, columns};
-        if (!mkl_sgemm && columns % PANEL) std::fill(packed_ + (panels_ - 1) * inner * PANEL, packed_ + panels_ * inner * PANEL, 0.0f);
+        float *last = packed_ + (panels_ - 1) * inner * PANEL;
+        if (!mkl_sgemm && columns % PANEL) std::fill(last, last + inner * PANEL, 0.0f);
     }
 
     // Writes row k: `write(to, first, count)` puts columns `first` on where they belong.
@@ -111,8 +113,9 @@ class Right {
     void write_row(int64_t k, Write write) {
         if (mkl_sgemm) return write(packed_ + k * columns_, 0, columns_);
         const int64_t whole = columns_ / PANEL;
-        for (int64_t p = 0; p < whole; p++) write(packed_ + (p * inner_ + k) * PANEL, p * PANEL, std::integral_constant<int64_t, PANEL>());
-        if (columns_ % PANEL) write(packed_ + (whole * inner_ + k) * PANEL, whole * PANEL, columns_ % PANEL);
+        const auto at = [&](int64_t p) { return packed_ + (p * inner_ + k) * PANEL; };
+        for (int64_t p = 0; p < whole; p++) write(at(p), p * PANEL, std::integral_constant<int64_t, PANEL>());
+        if (columns_ % PANEL) write(at(whole), whole * PANEL, columns_ % PANEL);
     }
 
     // Called by every thread of a parallel region, who wait for all before they multiply.
@@ -184,7 +187,8 @@ class Right {
         const float *panel = packed_ + (p * inner_ + first) * PANEL;
         const int64_t width = std::min<int64_t>(PANEL, columns_ - p * PANEL);
         float *to = out + p * PANEL;
-        constexpr auto multiply_whole = multiply_rows<ROWS, PANEL_VECTORS>, multiply_half = multiply_rows<ROWS, PANEL_VECTORS / 2>;
+        constexpr auto multiply_whole = multiply_rows<ROWS, PANEL_VECTORS>;
+        constexpr auto multiply_half = multiply_rows<ROWS, PANEL_VECTORS / 2>;
         constexpr int64_t HALF = PANEL / 2;
         if (width == PANEL) return multiply_whole(rows, depth, left, left_row, left_column, panel, to, out_row, adds);
         if (width == HALF) return multiply_half(rows, depth, left, left_row, left_column, panel, to, out_row, adds);
